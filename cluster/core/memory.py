@@ -1,0 +1,159 @@
+"""What the controller remembers between two looks.
+
+The first part is durable: recorded before anything of it is applied. The rest is lost with the process and may be, because every command is
+idempotent and every observation whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cluster.core.actions import Action, Assume, ImportExperts, StartActor, StartRouter
+from cluster.core.descriptors import Manifest
+from cluster.core.ids import CopyId, Incarnation, Role
+from cluster.core.spec import ShadowSpec
+from cluster.core.table_draft import Held, TableDraft
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MAX_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model as first imported: what every later import under this name must equal, but for its shadows, which follow from `shadow`."""
+
+    manifest: Manifest
+    path: str
+    dtype: str
+    shadow: ShadowSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ActorRecord:
+    """The life that was decided for an actor. `was_ready` outlives its lives: losing an actor that has served calls for repair."""
+
+    incarnation: Incarnation
+    node_id: str
+    num_gpus: float
+    num_slots: int
+    was_ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRecord:
+    """A router that was decided. `digest` says whether two routers would behave alike; `control_address` is where it looks for the controller."""
+
+    router_id: str
+    node_id: str
+    digest: str
+    control_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """When a copy left the table: the first epoch without it, and the time."""
+
+    epoch: int
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Why an action failed and when it may be tried again; `final` failures wait for a new `apply`."""
+
+    failures: int
+    until_s: float
+    message: str
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at."""
+
+    generation: int = 0
+    epoch: int = 0
+    spec_revision: int = 0
+    reached_revision: int = 0
+    replace: bool = False
+    replacing: str = ""
+    models: Mapping[str, ModelRecord] = field(default_factory=dict)
+    actors: Mapping[str, ActorRecord] = field(default_factory=dict)
+    routers: Mapping[str, RouterRecord] = field(default_factory=dict)
+    published: TableDraft = field(default_factory=TableDraft)
+
+    issued: frozenset[Incarnation] = frozenset()
+    returned: frozenset[Incarnation] = frozenset()
+    stored: Mapping[tuple[str, str], frozenset[tuple[int, int]]] = field(default_factory=dict)
+    stored_shadows: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    backoff: Mapping[str, Backoff] = field(default_factory=dict)
+    withdrawn: Mapping[Held, Withdrawal] = field(default_factory=dict)
+    first_seen_s: Mapping[Incarnation, float] = field(default_factory=dict)
+    unreachable_since_s: Mapping[Incarnation, float] = field(default_factory=dict)
+    router_epochs: Mapping[str, int] = field(default_factory=dict)
+
+    def has_stored(self, node_id: str, copy: CopyId) -> bool:
+        """Whether a copy's blob is known to lie in a node's store."""
+        place = (node_id, copy.expert.model)
+        if copy.role is Role.SHADOW:
+            return copy.version in self.stored_shadows.get(place, ())
+        return (copy.expert.layer, copy.expert.index) in self.stored.get(place, ())
+
+    def may_try(self, key: str, now_s: float) -> bool:
+        """Whether an action of this key is not held back by its last failure."""
+        held = self.backoff.get(key)
+        return held is None or (not held.final and held.until_s <= now_s)
+
+
+def with_failure(memory: Memory, key: str, message: str, now_s: float, *, final: bool = False) -> Memory:
+    """Hold an action back: twice as long after each failure in a row, or for good."""
+    failures = (memory.backoff[key].failures if key in memory.backoff else 0) + 1
+    delay_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10))
+    entry = Backoff(failures, now_s + delay_s, message, final)
+    return replace(memory, backoff={**memory.backoff, key: entry})
+
+
+def with_success(memory: Memory, key: str) -> Memory:
+    """Forget an action's failures."""
+    if key not in memory.backoff:
+        return memory
+    return replace(memory, backoff={name: entry for name, entry in memory.backoff.items() if name != key})
+
+
+def with_outcome(memory: Memory, action: Action, error: str | None, now_s: float, *, final: bool = False) -> Memory:
+    """Fold in how an action ended: `error` is None when it was accepted. A start's success is known only when the actor is ready."""
+    if isinstance(action, StartActor | StartRouter):
+        life = action.incarnation if isinstance(action, StartActor) else Incarnation(action.router_id, 0)
+        memory = replace(memory, returned=memory.returned | {life})
+        return memory if error is None else with_failure(memory, action.key, error, now_s, final=final)
+    if error is not None:
+        memory = with_failure(memory, action.key, error, now_s, final=final)
+        record = memory.actors.get(action.incarnation.actor_id) if isinstance(action, Assume) else None
+        return memory if record is None else without_stored(memory, record.node_id)
+    if isinstance(action, ImportExperts):
+        place = (action.node_id, action.model)
+        stored = {**memory.stored, place: memory.stored.get(place, frozenset()) | action.experts}
+        versions = memory.stored_shadows.get(place, frozenset()) | {copy.version for copy in action.shadows}
+        memory = replace(memory, stored=stored, stored_shadows={**memory.stored_shadows, place: versions})
+    return with_success(memory, action.key)
+
+
+def with_model(memory: Memory, name: str, record: ModelRecord) -> Memory:
+    """Record what a model is, for good. Where its shadows are others now, every node gets the new manifest."""
+    known = memory.models.get(name)
+    if known is not None and known.manifest != record.manifest:
+        memory = replace(memory, stored={place: experts for place, experts in memory.stored.items() if place[1] != name})
+    return replace(memory, models={**memory.models, name: record})
+
+
+def with_goal(memory: Memory, revision: int, *, replace_differing: bool) -> Memory:
+    """A new goal: failures that waited for it may be tried again."""
+    return replace(memory, spec_revision=revision, replace=replace_differing, backoff={})
+
+
+def without_stored(memory: Memory, node_id: str) -> Memory:
+    """Distrust a node's store: what is needed there is imported, and so verified, again."""
+    stored = {place: experts for place, experts in memory.stored.items() if place[0] != node_id}
+    shadows = {place: versions for place, versions in memory.stored_shadows.items() if place[0] != node_id}
+    return replace(memory, stored=stored, stored_shadows=shadows)

@@ -1,0 +1,151 @@
+"""The one schema of a deployment: read from YAML, checked here, printed by `moelastic config schema`. Unknown keys are errors with their path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cluster.core.descriptors import DType
+
+MIB = 1 << 20
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShadowSpec(_Section):
+    """Shadows of a model's experts: smaller, packed copies on other nodes, which answer while an expert has no replica and a request allows it."""
+
+    memory_fraction: float = Field(0.15, gt=0.0, le=1.0, description="packed bytes of all shadows, as a share of the bytes of one replica of every expert")
+    cover: Literal["all", "useful"] = Field("all", description="all: a shadow for every expert if the share allows it; useful: where they avoid most damage")
+    codecs: tuple[Literal["int2", "int3", "int4", "int8"], ...] = Field(
+        ("int2", "int3", "int4"), min_length=1, max_length=4, description="how they may be packed; which expert gets which follows from the measured damage"
+    )
+    expanded_max: PositiveInt = Field(8, description="shadows that an actor keeps expanded to full size at once, beside those under way")
+
+
+class ModelSpec(_Section):
+    """One model to serve: a Hugging Face safetensors folder, or a folder in the custom layout."""
+
+    name: Name
+    path: Path
+    dtype: DType | Literal["checkpoint"] = Field("checkpoint", description="element type to serve in; `checkpoint` keeps the checkpoint's own")
+    replicas: PositiveInt = Field(1, description="full-precision copies of every expert, each on an actor of its own")
+    shadow: ShadowSpec | None = Field(None, description="shadows of its experts; null: none are made")
+
+
+class ActorsSpec(_Section):
+    """The expert actors: how many, how large, on what."""
+
+    count: PositiveInt | None = Field(None, description="expert actors; default: one for each expert index of the widest layer")
+    standby: NonNegativeInt = Field(0, description="further actors that start with free slots only")
+    slots_per_actor: PositiveInt | None = Field(None, description="slots of one actor; default: what the layout needs, plus `free_slots`")
+    free_slots: NonNegativeInt = Field(2, description="slots kept free in each actor, so that a lost or hot expert can be assumed at once")
+    num_gpus: NonNegativeFloat = Field(0.5, description="Ray GPUs an actor asks for; fractions share one GPU")
+    num_cpus: NonNegativeFloat = 0.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_bytes: PositiveInt | None = Field(None, description="device memory an actor may fill; default: its share of what is free")
+    max_tokens_per_frame: PositiveInt = 4096
+    frames_in_flight: PositiveInt = Field(2, description="frames a router may have under way in one actor; more rows wait and merge")
+    start_parallelism: PositiveInt = Field(2, description="actor processes started at a time")
+    start_timeout_s: PositiveFloat = 120.0
+    drain_timeout_s: PositiveFloat = 10.0
+
+
+class LinkSpec(_Section):
+    """The framed stream between routers and expert actors."""
+
+    host: str | None = Field(None, description="address to listen on; default: the node's own")
+    max_frame_bytes: PositiveInt = 256 * MIB
+    connect_timeout_s: PositiveFloat = 5.0
+    heartbeat_s: PositiveFloat = 0.5
+
+
+class RouterSpec(_Section):
+    """The gRPC service."""
+
+    host: str = "127.0.0.1"
+    port: Port = Field(50051, description="0 picks a free port; `moelastic status` prints it")
+    max_message_bytes: PositiveInt = 64 * MIB
+    max_inflight_bytes: PositiveInt = Field(256 * MIB, description="bytes of request messages held at once")
+    max_tokens_per_request: PositiveInt = 65_536
+    max_concurrent_requests: PositiveInt = 1024
+    max_queued_tokens: PositiveInt = Field(262_144, description="rows waiting for a frame, over all actors; one request may have no more choices")
+    max_dispatch_bytes: PositiveInt = Field(2048 * MIB, description="bytes of rows on their way to experts, over all requests; one may have a quarter")
+    default_timeout_s: PositiveFloat = Field(30.0, description="deadline of a request that brings none")
+    max_timeout_s: PositiveFloat = 600.0
+    drain_timeout_s: PositiveFloat = 10.0
+    reflection: Literal["auto", "on", "off"] = Field("auto", description="auto: on when `host` is a loopback address")
+    metrics_port: Port = Field(0, description="Prometheus port on 127.0.0.1; 0 picks a free one")
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+
+class ControlSpec(_Section):
+    """The controller: where it listens, where it keeps its records, how often it looks."""
+
+    host: str | None = Field(None, description="address of the control service; default: the node's own")
+    port: Port = 0
+    state_dir: Path | None = Field(None, description="durable records; default: below Ray's session folder on the head node")
+    reconcile_s: PositiveFloat = 0.25
+    observe_timeout_s: PositiveFloat = 5.0
+
+
+class AuthSpec(_Section):
+    """Who may call. Each token lies in a file of its own; a file's content is never printed."""
+
+    enabled: bool = True
+    tokens: dict[Name, Path] = Field(default_factory=dict, description="tenant: token file; none: one tenant `default`, its token made on first start")
+    trusted_trace_tenants: frozenset[Name] = Field(frozenset(), description="tenants whose trace context is joined; others' is linked")
+    operators: frozenset[Name] | None = Field(None, description="tenants that see each link's queue in GetStatus; default: `default`, if it is the only one")
+
+
+class TelemetrySpec(_Section):
+    """Traces and metrics; nothing in them names a token's experts or holds a payload."""
+
+    sampling_ratio: float = Field(0.01, ge=0.0, le=1.0)
+    trace_dir: Path | None = Field(None, description="folder for OTLP/JSON files; none: no files are written")
+    otlp_endpoint: str | None = Field(None, description="OTLP gRPC endpoint; none: nothing is exported")
+    expert_load_series: bool = Field(default=False, description="per-expert load in the metrics, for operators")
+    actor_spans: bool = Field(
+        default=False,
+        description="spans of expert actors, by name, for demos and debugging: where an actor holds one expert of a layer, they tell each token's experts",
+    )
+
+
+class StoreSpec(_Section):
+    """The node-local expert store."""
+
+    dir: Path | None = Field(None, description="folder on every node; default: below Ray's session folder")
+    max_bytes: PositiveInt | None = None
+
+
+class ClusterSpec(_Section):
+    """A deployment."""
+
+    name: Name = Field("moelastic", description="the Ray namespace; two deployments of one Ray cluster need two names")
+    models: tuple[ModelSpec, ...] = Field(min_length=1, max_length=64)
+    actors: ActorsSpec = ActorsSpec()
+    link: LinkSpec = LinkSpec()
+    router: RouterSpec = RouterSpec()
+    control: ControlSpec = ControlSpec()
+    auth: AuthSpec = AuthSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
+    store: StoreSpec = StoreSpec()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            message = "models: two models have the same name; every model needs its own"
+            raise ValueError(message)
+        return self
+
+    def model(self, name: str) -> ModelSpec | None:
+        """The model of this name, or None."""
+        return next((model for model in self.models if model.name == name), None)
