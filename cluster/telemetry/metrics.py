@@ -1,0 +1,102 @@
+"""What a router counts, as Prometheus series. One place for every instrument: name, unit, labels, why. Labels are bounded: models, layers, codes, outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+NO_LAYER: Final = "-1"
+OUTCOMES: Final = ("exact", "shadow", "omitted", "generalist", "dense", "dropped", "unused")
+_LATENCY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+class RouterMetrics:
+    """The series of one router process, in a registry of its own."""
+
+    def __init__(self, *, version: str = "") -> None:
+        self.registry = CollectorRegistry()
+        self._shown: dict[str, set[str]] = {}
+        registry = self.registry
+        self._requests = Counter("moe_requests", "Requests ended, by gRPC status code", ["model", "layer", "code"], registry=registry)
+        self._duration = Histogram("moe_request_duration_seconds", "From admission to reply", ["model", "layer"], registry=registry, buckets=_LATENCY_BUCKETS_S)
+        self._choices = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
+        self._tokens = Counter("moe_tokens", "Tokens of requests that succeeded", ["model"], registry=registry)
+        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links", ["direction"], registry=registry)
+        self._bytes_by_direction = {direction: self._bytes.labels(direction) for direction in ("sent", "received")}  # looked up once, counted often
+        self._retries = Counter("moe_redispatches", "Segments sent again to another copy", ["reason"], registry=registry)
+        self._queue_age = Gauge("moe_queue_age_seconds", "Age of the oldest row that waits for a frame", registry=registry)
+        self._queued = Gauge("moe_queued_tokens", "Rows that wait for a frame", registry=registry)
+        self._inflight = Gauge("moe_requests_in_flight", "Requests admitted and not yet ended", registry=registry)
+        self._inflight_bytes = Gauge("moe_admitted_bytes", "Bytes of request messages held", registry=registry)
+        self._replicas = Gauge("moe_expert_replicas", "Published copies, all experts of a model together", ["model"], registry=registry)
+        self._missing = Gauge("moe_experts_missing", "Experts of a model without a copy", ["model"], registry=registry)
+        self._epoch = Gauge("moe_table_epoch", "Epoch of the routing table in use", registry=registry)
+        self._links = Gauge("moe_links_ready", "Expert links that are ready", registry=registry)
+        self._load = Counter("moe_expert_tokens", "Rows by expert; for operators, off by default", ["model", "layer", "expert"], registry=registry)
+        Gauge("moe_build_info", "Always 1", ["version"], registry=registry).labels(version).set(1)
+
+    def request_refused(self, code: str) -> None:
+        """Count one call that was refused before its handler: it has no model, and no duration that says anything."""
+        self._requests.labels("", NO_LAYER, code).inc()
+
+    def request_finished(self, model: str, layer: int, code: str, duration_s: float, outcomes: Mapping[str, int], *, tokens: int = 0) -> None:
+        """Count one request that ended. `model` must be one that is served, or empty: labels are bounded by what we serve, not by what is asked."""
+        self._requests.labels(model, str(layer), code).inc()
+        self._duration.labels(model, str(layer)).observe(duration_s)
+        for outcome, count in outcomes.items():
+            if count:
+                self._choices.labels(model, outcome).inc(count)
+        if tokens:
+            self._tokens.labels(model).inc(tokens)
+
+    def link_bytes(self, direction: str, num_bytes: int) -> None:
+        """Count row bytes; `direction` is `sent` or `received`."""
+        self._bytes_by_direction[direction].inc(num_bytes)
+
+    def redispatched(self, reason: str) -> None:
+        """Count a segment that went to another copy."""
+        self._retries.labels(reason).inc()
+
+    def expert_tokens(self, model: str, layer: int, counts: Mapping[int, int]) -> None:
+        """Count rows by expert; call it only when `telemetry.expert_load_series` says so."""
+        for expert, count in counts.items():
+            self._load.labels(model, str(layer), str(expert)).inc(count)
+
+    def requests_in_flight(self, count: int, num_bytes: int) -> None:
+        """Requests and bytes admitted now."""
+        self._inflight.set(count)
+        self._inflight_bytes.set(num_bytes)
+
+    def queues(self, *, oldest_age_s: float, tokens: int, links_ready: int) -> None:
+        """The lanes now."""
+        self._queue_age.set(oldest_age_s)
+        self._queued.set(tokens)
+        self._links.set(links_ready)
+
+    def table(self, *, epoch: int, replicas: Mapping[str, int], missing: Mapping[str, int]) -> None:
+        """The routing table now; copies and missing experts by model, every model of the table in both. A model that has left it has no series any more."""
+        self._epoch.set(epoch)
+        self._show("replicas", self._replicas, replicas)
+        self._show("missing", self._missing, missing)
+
+    def _show(self, name: str, gauge: Gauge, values: Mapping[str, int]) -> None:
+        for model in self._shown.get(name, set()) - set(values):
+            gauge.remove(model)
+        for model, count in values.items():
+            gauge.labels(model).set(count)
+        self._shown[name] = set(values)
+
+    def serve(self, host: str, port: int) -> int:
+        """Open the scrape port (0: a free one) in a daemon thread; the port that was opened."""
+        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        self._server = server
+        return int(server.server_port)
+
+    def close(self) -> None:
+        """Close the scrape port."""
+        server = getattr(self, "_server", None)
+        if server is not None:
+            server.shutdown()
+            server.server_close()
