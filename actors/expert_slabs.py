@@ -1,0 +1,84 @@
+"""Device memory for experts of equal shape, several to an allocation, so that one grouped matmul reaches all of them without copying weights.
+
+A slab holds P places; tensor `name` of all of them is one tensor [P, ...]. A place is free again when the weights that used it are gone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.core.descriptors import ExpertDescriptor
+
+# At most seven places lie idle for each shape of expert that an actor holds.
+PLACES_PER_SLAB = 8
+# Slabs that are looked through for a free place; more than any actor has.
+_MAX_SLABS = 4096
+
+
+class Slab:
+    """One allocation for `num_places` experts of one descriptor."""
+
+    def __init__(self, descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device, num_places: int) -> None:
+        self.descriptor = descriptor
+        self.device = device
+        self.tensors: dict[str, Tensor] = {
+            name: torch.empty((num_places, *shape), dtype=dtype, device=device) for name, shape in descriptor.tensor_shapes().items()
+        }
+        self.free = list(reversed(range(num_places)))
+        self.num_places = num_places
+
+
+@dataclass(frozen=True, slots=True)
+class SlabPlace:
+    """Where an expert lies in a slab."""
+
+    slab: Slab
+    index: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The place's own tensors, views of the slab's."""
+        return {name: tensor[self.index] for name, tensor in self.slab.tensors.items()}
+
+
+class Slabs:
+    """The slabs of a process. Safe to call from any thread."""
+
+    def __init__(self) -> None:
+        # Reentrant: a garbage collection inside `take` may give places back.
+        self._lock = threading.RLock()
+        self._slabs: list[Slab] = []
+
+    def take(self, descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device) -> SlabPlace:
+        """A place for an expert. A full slab that does not fit on the device becomes one of a single place; raises torch.OutOfMemoryError after that."""
+        with self._lock:
+            for slab in tuple(self._slabs):
+                if slab.free and slab.descriptor == descriptor and slab.device == device:
+                    return SlabPlace(slab, slab.free.pop())
+            if len(self._slabs) >= _MAX_SLABS:
+                message = f"{_MAX_SLABS} slabs are in use"
+                raise torch.OutOfMemoryError(message)
+            slab = self._new(descriptor, dtype, device)
+            self._slabs.append(slab)
+            return SlabPlace(slab, slab.free.pop())
+
+    def giver(self, place: SlabPlace) -> Callable[[], None]:
+        """What gives a place back; it may run during garbage collection in any thread."""
+        return lambda: self._give_back(place)
+
+    def _give_back(self, place: SlabPlace) -> None:
+        with self._lock:
+            place.slab.free.append(place.index)
+            if len(place.slab.free) == place.slab.num_places and place.slab in self._slabs:
+                self._slabs.remove(place.slab)
+
+    @staticmethod
+    def _new(descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device) -> Slab:
+        try:
+            return Slab(descriptor, dtype, device, PLACES_PER_SLAB)
+        except torch.OutOfMemoryError:
+            return Slab(descriptor, dtype, device, 1)
