@@ -1,0 +1,32 @@
+"""How many bytes of expert weights an actor may hold: arithmetic on what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CPU_SHARE = 0.8
+WORKSPACE_BYTES_PER_TOKEN = 128 << 10
+"""Rows in and out, and the inner activations of one token, at the widest expert of the supported families (width 4,096, inner width 14,336, gated, bf16)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredMemory:
+    """A device's memory: `free_bytes` after this process's own context, of `total_bytes`."""
+
+    free_bytes: int
+    total_bytes: int
+    is_device: bool
+
+
+def capacity_bytes(memory: MeasuredMemory, *, limit_bytes: int | None, num_gpus: float, max_tokens_per_frame: int) -> int:
+    """Bytes for slots: the configured limit, or this actor's share of what is free beside the workspace of one frame.
+
+    `num_gpus` below 1 is the share of a GPU; other values mean the whole. A limit above what a GPU has free is cut; host memory holds mapped files,
+    which the kernel can drop, so there a configured limit stands as it is. Without one a fifth of the host's memory is kept back.
+    """
+    if not memory.is_device:
+        return int(memory.free_bytes * CPU_SHARE) if limit_bytes is None else limit_bytes
+    share = num_gpus if 0.0 < num_gpus < 1.0 else 1.0
+    workspace_bytes = max_tokens_per_frame * WORKSPACE_BYTES_PER_TOKEN
+    allowed = max(0, min(memory.free_bytes, int(memory.total_bytes * share)) - workspace_bytes)
+    return allowed if limit_bytes is None else min(limit_bytes, allowed)

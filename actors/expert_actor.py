@@ -1,0 +1,186 @@
+"""The expert actor: a plain async class that a fleet hosts. Its process starts empty, assumes experts into its slots and serves them over expert links.
+
+torch is imported by `start`, off the event loop: the import takes seconds, and a report should not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from actors.expert_store import ExpertStore
+from actors.link_server import LinkServer
+from cluster.core.actor_config import ExpertActorConfig
+from cluster.core.errors import MoeError, NotReady
+from cluster.core.ids import CopyId
+from cluster.core.link_limits import LinkLimits
+from cluster.core.status import ActorReport, CommandReply
+from cluster.telemetry.tracing import Tracing
+
+if TYPE_CHECKING:
+    from actors.core.slots import SizedCopy
+    from actors.expert_runtime import ExpertRuntime
+
+START_TIMEOUT_S = 60.0
+STOP_RESERVE_S = 0.5
+
+
+@dataclass(slots=True)
+class _Running:
+    runtime: ExpertRuntime
+    links: LinkServer
+    tracing: Tracing
+    node_id: str
+    host: str
+    port: int
+
+
+class ExpertActor:
+    """One incarnation. Commands answer with a CommandReply: accepted means begun, and the report says how it went."""
+
+    def __init__(self, config: ExpertActorConfig, link_key: bytes) -> None:
+        self._config = config
+        self._link_key = link_key
+        self._store = ExpertStore(config.store_dir)
+        self._starting = asyncio.Lock()
+        self._running: _Running | None = None
+        self._is_stopped = False
+
+    async def start(self, node_id: str, node_address: str = "") -> ActorReport:
+        """Import torch, test the device, listen for links on `link_host`, else on the node's address. Starting again only reports.
+
+        Raises ConfigError for a device that is not there, NotReady after a stop; a device that fails its test ends the process.
+        """
+        async with self._starting:
+            if self._is_stopped:
+                message = f"{self._config.incarnation} was stopped; start a new generation"
+                raise NotReady(message)
+            if self._running is None:
+                self._running = await self._start(node_id, self._config.link_host or node_address or own_address())
+        return self._report(self._running)
+
+    async def _start(self, node_id: str, host: str) -> _Running:
+        config = self._config
+        tracing = Tracing.disabled()
+        if config.telemetry.actor_spans:
+            tracing = Tracing(service="expert", instance=str(config.incarnation), config=config.telemetry, node_id=node_id)
+        limits = LinkLimits(
+            max_frame_bytes=config.max_frame_bytes,
+            max_tokens_per_frame=config.max_tokens_per_frame,
+            frames_in_flight=config.frames_in_flight,
+        )
+        runtime = await asyncio.to_thread(self._open_runtime, tracing, node_id, limits.max_links)
+        links = LinkServer(config.incarnation, self._link_key, limits, runtime.submit, runtime.progress, cancel=runtime.cancel)
+        try:
+            listening_host, port = await links.start(host)
+        except BaseException:
+            await asyncio.to_thread(runtime.stop, STOP_RESERVE_S)
+            raise
+        return _Running(runtime, links, tracing, node_id, listening_host, port)
+
+    def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> ExpertRuntime:
+        import torch
+
+        from actors.device import choose_device
+        from actors.expert_runtime import ExpertRuntime
+
+        torch.set_num_threads(1)
+        device = choose_device(self._config.device)
+        runtime = ExpertRuntime(self._config, self._store, device, max_links=max_links, tracing=tracing, node_id=node_id)
+        runtime.start(START_TIMEOUT_S)
+        return runtime
+
+    async def assume(self, copies: Sequence[CopyId], epoch: int) -> CommandReply:
+        """Begin to load copies into free slots: all of them, or none with SLOTS_EXHAUSTED and both numbers. What is held already stays as it is."""
+        try:
+            sized = await asyncio.to_thread(self._sized, copies)
+        except MoeError as error:
+            return _refused(error)
+        return self._command(lambda runtime: runtime.assume(sized, epoch))
+
+    async def drain(self, copies: Sequence[CopyId], epoch: int) -> CommandReply:
+        """Take no new segments for these copies; finish what is under way."""
+        return self._command(lambda runtime: runtime.drain(copies, epoch))
+
+    async def release(self, copies: Sequence[CopyId], epoch: int) -> CommandReply:
+        """Free the slots of copies once nothing of theirs is under way."""
+        return self._command(lambda runtime: runtime.release(copies, epoch))
+
+    async def report(self) -> ActorReport:
+        """What this incarnation is, holds and has done. Raises NotReady before `start`."""
+        if self._running is None:
+            message = f"{self._config.incarnation} has not started; call start first"
+            raise NotReady(message)
+        return self._report(self._running)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Say goodbye to the links, refuse what is new, finish the frames under way, end the threads; all within the limit. Stopping again does nothing."""
+        async with self._starting:
+            running, self._running, self._is_stopped = self._running, None, True
+        if running is None:
+            return
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        await running.links.stop("the actor is stopping", max(0.0, timeout_s - STOP_RESERVE_S))
+        await asyncio.to_thread(running.runtime.stop, max(STOP_RESERVE_S / 2, deadline_s - loop.time() - STOP_RESERVE_S / 2))
+        with contextlib.suppress(TimeoutError):  # an exporter that hangs goes down with the process
+            flush_s = STOP_RESERVE_S / 2
+            await asyncio.wait_for(asyncio.to_thread(running.tracing.shutdown, flush_s), flush_s)
+
+    def _sized(self, copies: Sequence[CopyId]) -> list[SizedCopy]:
+        from actors.core.slots import SizedCopy
+
+        return [SizedCopy(copy, self._store.num_bytes(copy.version)) for copy in copies]
+
+    def _command(self, command: Callable[[ExpertRuntime], None]) -> CommandReply:
+        if self._running is None:
+            return CommandReply(ok=False, error="NOT_READY", message=f"{self._config.incarnation} does not run; start it first")
+        try:
+            command(self._running.runtime)
+        except MoeError as error:
+            return _refused(error)
+        return CommandReply(ok=True)
+
+    def _report(self, running: _Running) -> ActorReport:
+        runtime = running.runtime
+        progress = runtime.progress()
+        return ActorReport(
+            incarnation=self._config.incarnation,
+            pid=os.getpid(),
+            process_start_s=psutil.Process().create_time(),
+            node_id=running.node_id,
+            host=running.host,
+            port=running.port,
+            device=runtime.device_label,
+            num_slots=self._config.num_slots,
+            capacity_bytes=runtime.capacity_bytes,
+            used_bytes=runtime.used_bytes,
+            slots=runtime.slots(),
+            max_epoch=runtime.max_epoch,
+            code_digest=self._config.code_digest,
+            config_digest=self._config.config_digest,
+            frames_done=progress.frames_done,
+            oldest_age_s=progress.oldest_age_s,
+            expanded_bytes=runtime.expanded_bytes,
+        )
+
+
+def own_address() -> str:
+    """The address of the interface towards other machines, or loopback when there is none. Connecting a datagram socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _refused(error: MoeError) -> CommandReply:
+    return CommandReply(ok=False, error=error.reason, message=str(error))

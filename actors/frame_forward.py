@@ -1,0 +1,90 @@
+"""Computes a planned frame: one grouped forward for each group, and what to do when one raises.
+
+A group that runs out of memory is cut in half once. A group that faults is computed segment by segment, so that the segment that raises fails alone.
+A device that is broken ends the process: nothing it says can be trusted any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from actors.core.frames import FramePlan, Group, Outcome, merge_outcomes
+from actors.device import STICKY_EXIT_CODE, ErrorKind, error_kind
+from actors.expert_layouts import ExpertWeights, grouped_forward
+from actors.staging import Staging
+from cluster.core.link_frames import SegmentStatus
+
+GroupedForward = Callable[[torch.Tensor, Sequence[ExpertWeights], Sequence[int]], torch.Tensor]
+Outcomes = dict[int, Outcome]
+
+
+def leave_process(error: BaseException) -> None:
+    """End this process at once and abnormally, so that it is never taken for healthy: a broken device context stays broken until the process ends."""
+    sys.stderr.write(f"moelastic: nothing can be computed here any more ({type(error).__name__}); this process ends with code {STICKY_EXIT_CODE}\n")
+    sys.stderr.flush()
+    os._exit(STICKY_EXIT_CODE)
+
+
+class FrameForward:
+    """The forward of one compute thread."""
+
+    def __init__(self, staging: Staging, forward: GroupedForward = grouped_forward, on_sticky: Callable[[BaseException], None] = leave_process) -> None:
+        self._staging = staging
+        self._forward = forward
+        self._on_sticky = on_sticky
+
+    def run(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
+        """The outcome of every planned segment, by position; `weights` by position. Raises nothing that a segment did."""
+        with self._staging.scope(), torch.inference_mode():
+            return merge_outcomes(self._run(group, body, weights, may_split=True) for group in plan.groups)
+
+    def _run(self, group: Group, body: memoryview, weights: Mapping[int, ExpertWeights], *, may_split: bool) -> Outcomes:
+        try:
+            return self._compute(group, body, weights)
+        except Exception as error:  # noqa: BLE001  (whatever a forward raises becomes the outcome of its segments)
+            kind, name = self._judge(error)
+        # The error is gone from here on, and with it the tensors that its traceback held.
+        if kind is ErrorKind.OUT_OF_MEMORY:
+            self._staging.free()
+            parts = group.halves() if may_split else ()
+            if not parts:
+                return _all(group, SegmentStatus.OUT_OF_MEMORY, "out of device memory; lower actors.max_tokens_per_frame or actors.memory_bytes")
+            return merge_outcomes(self._run(part, body, weights, may_split=False) for part in parts)
+        if len(group.pieces) == 1:
+            return _all(group, SegmentStatus.FAULTED, name)
+        return merge_outcomes(self._run(single, body, weights, may_split=may_split) for single in group.singles())
+
+    def _compute(self, group: Group, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
+        x_ND = self._staging.load(group, body)
+        used = [weights[piece.position] for piece in group.pieces]
+        y_ND = self._forward(x_ND, used, [piece.num_rows for piece in group.pieces])
+        if y_ND.shape != x_ND.shape or y_ND.dtype != x_ND.dtype:
+            message = "a forward must return rows alike to those it got"
+            raise ValueError(message)
+        rows = self._staging.unload(y_ND)
+        outcomes: Outcomes = {}
+        offset = 0
+        for piece in group.pieces:
+            stop = offset + piece.num_rows * group.row_bytes
+            outcomes[piece.position] = Outcome(SegmentStatus.OK, (rows[offset:stop],))
+            offset = stop
+        return outcomes
+
+    def _judge(self, error: Exception) -> tuple[ErrorKind, str]:
+        kind = error_kind(error)
+        if kind is ErrorKind.FAULT:
+            try:
+                self._staging.settle()
+            except Exception as later:  # noqa: BLE001  (the device tells of an earlier kernel here)
+                kind, error = error_kind(later), later
+        if kind is ErrorKind.STICKY:
+            self._on_sticky(error)
+        return kind, type(error).__name__
+
+
+def _all(group: Group, status: SegmentStatus, message: str) -> Outcomes:
+    return {piece.position: Outcome(status, message=message) for piece in group.pieces}

@@ -1,0 +1,228 @@
+"""Shadows in an actor: packed in their slots, expanded when rows come, within a bound, and never at another frame's cost."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from actors.blob_files import StoredBlob
+from actors.core.codecs import CODECS, encode, packed_bytes
+from actors.core.slots import SizedCopy
+from actors.expert_layouts import ExpertWeights, expert_forward, load_weights
+from cluster.core.ids import CopyId, Role
+from cluster.core.link_frames import SegmentStatus
+from cluster.core.status import SlotState
+from kit.actor_bench import CPU, A, B, Bench, ask, started
+from kit.experts import TIMEOUT_S, Ask, RandomBlobs, expert_copy, frame_of, rows_of
+
+INT4 = CODECS["int4"]
+EXPANDED_MAX = 2
+
+
+def shadow(index: int) -> CopyId:
+    """The shadow of expert `index`; its version is made up."""
+    return CopyId(expert_copy(index).expert, f"5ad0{index:04x}" * 8, Role.SHADOW)
+
+
+S, T, U = shadow(4), shadow(5), shadow(6)
+
+
+@dataclass
+class ShadowBlobs(RandomBlobs):
+    """Versions of shadows are packed, all others are experts."""
+
+    def open(self, digest: str) -> Any:
+        found = super().open(digest)
+        if not digest.startswith("5ad0"):
+            return found
+        return StoredBlob(digest, "shadow", found.descriptor, dict(encode(found.descriptor, found.tensors, INT4).tensors), 0, INT4, "ab" * 32)
+
+    @property
+    def packed_bytes(self) -> int:
+        return packed_bytes(self.descriptor, INT4)
+
+    def sized(self, *copies: CopyId) -> list[SizedCopy]:
+        return [SizedCopy(copy, self.packed_bytes if copy.role is Role.SHADOW else self.descriptor.num_bytes) for copy in copies]
+
+
+@dataclass
+class Expansions:
+    """`load_weights`, with a gate and a trap for expansions in the workspace's thread, and a record of them."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    done: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+
+    def __call__(self, blob: Any, device: torch.device) -> ExpertWeights:
+        if threading.current_thread().name == "shadow-workspace":
+            self.entered.release()
+            assert self.gate.wait(TIMEOUT_S)
+            if blob.digest in self.broken:
+                raise torch.OutOfMemoryError
+            self.done.append(blob.digest)
+        return load_weights(blob, device)
+
+
+@pytest.fixture
+def expansions() -> Expansions:
+    made = Expansions()
+    made.gate.set()
+    return made
+
+
+@pytest.fixture
+def bench(expansions: Expansions) -> Iterator[Bench]:
+    for made in started(ShadowBlobs(), expansions, num_slots=6, expanded_max=EXPANDED_MAX):
+        yield made
+        expansions.gate.set()
+
+
+def answer(bench: Bench) -> tuple[list[SegmentStatus], list[Any]]:
+    result, body = bench.replies.next()
+    return [item.status for item in result.segments], rows_of(result, body)
+
+
+def assert_answered(bench: Bench, *asks: Ask) -> None:
+    statuses, rows = answer(bench)
+    assert statuses == [SegmentStatus.OK] * len(asks)
+    for found, one in zip(rows, asks, strict=True):
+        assert torch.equal(torch.from_numpy(found.copy()), expert_forward(torch.from_numpy(one.rows), load_weights(bench.blobs.open(one.copy.version), CPU)))
+
+
+def test_a_ready_shadow_is_charged_packed_and_nothing_is_expanded(bench: Bench) -> None:
+    bench.hold_copies(S, T, U)
+    assert bench.runtime.used_bytes == 3 * bench.blobs.packed_bytes < bench.blobs.descriptor.num_bytes
+    assert bench.runtime.expanded_bytes == 0
+    assert not bench.runtime.progress().is_loading
+
+
+def test_rows_for_a_shadow_are_computed_with_its_expanded_weights_which_stay(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(S)
+    for seed in range(3):
+        asked = ask(S, 5, seed)
+        bench.submit(asked)
+        assert_answered(bench, asked)
+    assert expansions.done == [S.version]
+    assert bench.runtime.expanded_bytes == bench.blobs.descriptor.num_bytes
+    assert bench.runtime.used_bytes == bench.blobs.packed_bytes
+
+
+def test_a_frame_without_shadows_does_not_wait_for_an_expansion(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(A, S, T)
+    bench.submit(ask(T), frame_id=1)
+    assert_answered(bench, ask(T))
+    expansions.gate.clear()
+    bench.submit(ask(S), frame_id=2)
+    assert expansions.entered.acquire(timeout=TIMEOUT_S)
+    assert expansions.entered.acquire(timeout=TIMEOUT_S)
+    assert bench.runtime.progress().is_loading
+    for frame_id, copy in enumerate((A, T), start=3):
+        bench.submit(ask(copy), frame_id=frame_id)
+        assert_answered(bench, ask(copy))
+    expansions.gate.set()
+    assert_answered(bench, ask(S))
+
+
+def test_the_least_recently_used_shadow_goes_when_the_workspace_is_full(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(S, T, U)
+    for copy in (S, T, S, U, S, T):
+        bench.submit(ask(copy))
+        assert_answered(bench, ask(copy))
+        assert bench.runtime.expanded_bytes <= EXPANDED_MAX * bench.blobs.descriptor.num_bytes
+    assert expansions.done == [S.version, T.version, U.version, T.version]
+
+
+def test_one_frame_may_need_more_than_the_bound_which_holds_again_after_it(bench: Bench) -> None:
+    bench.hold_copies(S, T, U, A)
+    asks = [ask(copy) for copy in (S, T, A, U, S)]
+    bench.forward.hold()
+    bench.submit(*asks)
+    bench.forward.wait_until_entered()
+    assert bench.runtime.expanded_bytes == 3 * bench.blobs.descriptor.num_bytes
+    bench.forward.gate.set()
+    assert_answered(bench, *asks)
+    assert bench.runtime.expanded_bytes == EXPANDED_MAX * bench.blobs.descriptor.num_bytes
+
+
+def test_a_shadow_that_cannot_be_expanded_is_not_held_and_its_neighbours_are_answered(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(A, S, T)
+    expansions.broken.add(S.version)
+    bench.submit(ask(A), ask(S), ask(T))
+    statuses, rows = answer(bench)
+    assert statuses == [SegmentStatus.OK, SegmentStatus.NOT_HELD, SegmentStatus.OK]
+    assert rows[0].size == rows[2].size > 0
+    expansions.broken.clear()
+    bench.submit(ask(S))
+    assert_answered(bench, ask(S))
+
+
+def test_segments_cancelled_during_the_expansion_are_not_computed(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(S, T)
+    expansions.gate.clear()
+    frame, body = frame_of(ask(S), ask(T))
+    bench.runtime.submit(frame, body, bench.replies)
+    assert expansions.entered.acquire(timeout=TIMEOUT_S)
+    bench.runtime.cancel(frame, [0])
+    expansions.gate.set()
+    result, _ = bench.replies.next()
+    assert [item.num_bytes > 0 for item in result.segments] == [False, True]
+
+
+def test_a_released_shadow_leaves_the_workspace(bench: Bench) -> None:
+    bench.hold_copies(S, T)
+    bench.submit(ask(S), ask(T))
+    assert_answered(bench, ask(S), ask(T))
+    bench.runtime.release([S], 2)
+    bench.wait_until(lambda: bench.state(S) is None)
+    assert bench.runtime.expanded_bytes == bench.blobs.descriptor.num_bytes
+    bench.submit(ask(S))
+    assert bench.statuses() == [SegmentStatus.NOT_HELD]
+
+
+def test_a_shadow_released_while_it_is_expanded_answers_first(bench: Bench, expansions: Expansions) -> None:
+    bench.hold_copies(S)
+    expansions.gate.clear()
+    bench.submit(ask(S))
+    assert expansions.entered.acquire(timeout=TIMEOUT_S)
+    bench.runtime.release([S], 2)
+    assert bench.state(S) is SlotState.DRAINING
+    expansions.gate.set()
+    assert_answered(bench, ask(S))
+    bench.wait_until(lambda: bench.state(S) is None)
+    assert bench.runtime.expanded_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("copy", "told"),
+    [(CopyId(S.expert, S.version, Role.REPLICA), "a shadow under this digest, not an expert"), (CopyId(B.expert, B.version, Role.SHADOW), "not a shadow")],
+)
+def test_a_blob_of_another_kind_is_refused(bench: Bench, copy: CopyId, told: str) -> None:
+    bench.runtime.assume(bench.blobs.sized(copy), 1)
+    bench.wait_until(lambda: bench.state(copy) is SlotState.FAILED)
+    assert told in bench.runtime.slots()[0].reason
+
+
+def test_frames_that_wait_for_an_expansion_are_bounded_and_answered_at_the_end(expansions: Expansions, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bench in started(ShadowBlobs(), expansions, num_slots=2):
+        monkeypatch.setattr(bench.runtime._workspace, "_max_waiting", 2)
+        bench.hold_copies(S)
+        expansions.gate.clear()
+        bench.submit(ask(S))
+        assert expansions.entered.acquire(timeout=TIMEOUT_S)
+        for frame_id in range(2, 5):
+            bench.submit(ask(S), frame_id=frame_id)
+        assert bench.statuses() == [SegmentStatus.OVERLOADED]
+        stopping = threading.Thread(target=bench.runtime.stop, args=(TIMEOUT_S,))
+        stopping.start()
+        expansions.gate.set()
+        for _ in range(3):
+            assert_answered(bench, ask(S))
+        stopping.join(TIMEOUT_S)
+        assert bench.replies.is_empty
+        bench.submit(ask(S))
+        assert bench.statuses() == [SegmentStatus.OVERLOADED]
+        assert bench.runtime._workspace._in_use.total() == 0
