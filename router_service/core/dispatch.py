@@ -1,0 +1,51 @@
+"""Dispatch: which rows go to which expert, in which order, and where each answer will lie. The value joins dispatch and combine.
+
+Shape legend: T tokens, K choices of a token, N choices that somebody computes (N <= T x K).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """One expert's rows of one request: `start` to `stop` of the sorted order."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchOrder:
+    """`rows_N`: the token of each dispatched row, by (expert, token); `place_TK`: where a choice's answer lies among the N, -1 where there is none."""
+
+    experts: tuple[ExpertRows, ...]
+    rows_N: NDArray[np.intp]
+    place_TK: NDArray[np.intp]
+
+
+def order_choices(ids_TK: NDArray[np.int32]) -> DispatchOrder:
+    """Sort the choices [T, K] by (expert, token); -1 is computed by nobody."""
+    top_k = ids_TK.shape[1]
+    flat = ids_TK.ravel()
+    order = np.argsort(flat, kind="stable")
+    used = order[np.searchsorted(flat[order], 0) :]
+    place = np.full(flat.size, NOWHERE, np.intp)
+    place[used] = np.arange(used.size)
+    sorted_ids = flat[used]
+    changes = np.flatnonzero(sorted_ids[1:] != sorted_ids[:-1]) + 1
+    starts = [0, *changes.tolist()] if used.size else []
+    experts = tuple(map(ExpertRows, sorted_ids[starts].tolist(), starts, [*starts[1:], used.size]))
+    return DispatchOrder(experts, used // top_k, place.reshape(ids_TK.shape))

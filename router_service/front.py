@@ -1,0 +1,111 @@
+"""The gRPC server of a router: the service behind its interceptors, health, reflection where it may be, and the limits of the transport."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.core.errors import ConfigError, MoeError
+from protos.moelastic.router.v1 import router_pb2_grpc
+from router_service.auth import Tenants
+from router_service.counters import Counters
+from router_service.errors import code_of
+from router_service.health import SERVICE, HealthBoard
+from router_service.interceptors import ROUTER_PREFIX, AdmissionInterceptor, AdmissionLimits, AuthInterceptor
+from router_service.servicer import RouterServicer
+
+BACKSTOP_FACTOR: Final = 2
+BACKSTOP_CALLS: Final = 160
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Certificate chain and private key, as PEM files."""
+
+    cert: Path
+    key: Path
+
+
+class RpcFront:
+    """One listening gRPC server. Without `tenants` everyone may call."""
+
+    def __init__(
+        self, servicer: RouterServicer, health: HealthBoard, counters: Counters, *, limits: AdmissionLimits, tenants: Tenants | None, has_reflection: bool
+    ) -> None:
+        self.health = health
+        self.admission = AdmissionInterceptor(limits, refused=self._refused)
+        self._counters = counters
+        auth = [] if tenants is None else [AuthInterceptor(tenants, refused=self._refused)]
+        self._server = grpc.aio.server(
+            interceptors=[*auth, self.admission],
+            options=_options(limits),
+            # The transport's own limit lies above ours, which has the better words.
+            maximum_concurrent_rpcs=BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS,
+        )
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._server)
+        if has_reflection:
+            names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int, tls: TlsFiles | None = None) -> int:
+        """Listen; the port, chosen freely when 0 was asked for. Raises ConfigError when it cannot be had."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = self._server.add_insecure_port(address) if tls is None else self._server.add_secure_port(address, _credentials(tls))
+        except RuntimeError as error:
+            message = f"router: cannot listen on {address}; the port is taken or the address is not this machine's; set router.port to 0 for a free one"
+            raise ConfigError(message) from error
+        await self._server.start()
+        return int(bound)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, let those under way end within the limit, then close."""
+        await self._server.stop(grace_s)
+
+    def _refused(self, method: str, error: MoeError) -> None:
+        if method.startswith(ROUTER_PREFIX):
+            self._counters.refused(code_of(error).name)
+
+
+def may_reflect(setting: Literal["auto", "on", "off"], host: str) -> bool:
+    """Whether reflection is served: `auto` means on a loopback address only."""
+    if setting != "auto":
+        return setting == "on"
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _options(limits: AdmissionLimits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        # Two routers must not share a port without knowing it.
+        ("grpc.so_reuseport", 0),
+        # Activations hardly compress, and a compressed message would cost more than it declares.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.max_concurrent_streams", BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS),
+        # Our clients ping every 10 s while a call is open.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    try:
+        pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+    except OSError as error:
+        message = f"router.tls_cert, router.tls_key: cannot read {error.filename} ({error.strerror})"
+        raise ConfigError(message) from error
+    return grpc.ssl_server_credentials([pair])

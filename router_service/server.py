@@ -1,0 +1,215 @@
+"""The router as a process: it follows the routing table, tells the controller what it sees, and serves RouterService until it is stopped.
+
+A plain async class; whoever hosts it (Ray, a test) calls `start`, `report` and `stop`. No call of it is on the token path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from actors.expert_store import ExpertStore
+from cluster.core.actor_config import RouterConfig
+from cluster.core.errors import ConfigError
+from cluster.core.routing_table import RoutingTable
+from cluster.core.status import ActorState, RouterObservation
+from router_service.link_client import LinkPhase
+from router_service.models import GateStore
+from router_service.router_parts import RouterParts, RouterSecrets, tls_of
+
+__all__ = ["RouterActor", "RouterSecrets"]
+
+logger = logging.getLogger(__name__)
+
+METRICS_HOST: Final = "127.0.0.1"
+LOOK_S: Final = 0.1
+REPORT_S: Final = 1.0
+SETTLE_S: Final = 1.0
+CLOSE_S: Final = 0.5
+PORT_RETRY_S: Final = 0.1
+MAX_PORT: Final = 65_535
+
+
+class RouterActor:
+    """One router. `start` once, then `report` at any time, then `stop`; SIGTERM is a `stop` where the process can hear it."""
+
+    def __init__(self, config: RouterConfig, secrets: RouterSecrets, *, store: GateStore | None = None, on_fault: Callable[[], None] | None = None) -> None:
+        """Cheap: nothing is opened before `start`. `store` is the node's, at `config.store_dir`, unless given.
+
+        `on_fault` is called when the router has stopped by itself, because it could follow the table no more; the process should end then.
+        """
+        self._config = config
+        self._secrets = secrets
+        self._store = store
+        self._on_fault = on_fault
+        self._giving_up: asyncio.Task[None] | None = None
+        self._parts: RouterParts | None = None
+        self._observation = RouterObservation(
+            config.router_id,
+            ActorState.STARTING,
+            "",
+            host=config.spec.router.host,
+            pid=os.getpid(),
+            process_start_s=psutil.Process().create_time(),
+        )
+        self._adopting = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Task[None] | None = None
+        self.stopped = asyncio.Event()
+
+    async def start(self, node_id: str) -> RouterObservation:
+        """Listen and begin to follow the table; requests are answered from the first table on. Idempotent. Raises ConfigError."""
+        if self._parts is not None:
+            return await self.report()
+        # torch's own threads would fight the event loop for its core.
+        torch.set_num_threads(1)
+        store: GateStore = await asyncio.to_thread(ExpertStore, self._config.store_dir) if self._store is None else self._store
+        parts = RouterParts(self._config, self._secrets, store, node_id=node_id, adopt=self._adopt)
+        router = self._config.spec.router
+        try:
+            port = await self._listen(parts)
+            metrics_port = parts.metrics.serve(METRICS_HOST, router.metrics_port)
+        except BaseException:
+            await parts.front.stop(0)
+            await parts.close(CLOSE_S)
+            raise
+        self._parts = parts
+        await parts.health.update((), ())
+        self._follow(parts)
+        self._observation = replace(self._observation, state=ActorState.READY, node_id=node_id, port=port, metrics_port=metrics_port)
+        self._listen_for_sigterm(router.drain_timeout_s)
+        logger.info("router %s serves on %s:%d", self._config.router_id, router.host, port)
+        return await self.report()
+
+    async def report(self) -> RouterObservation:
+        """How this router is, for the fleet."""
+        generation = 0 if self._parts is None else self._parts.feed.router_generation
+        return replace(self._observation, generation=generation)
+
+    async def stop(self, timeout_s: float) -> None:
+        """NOT_SERVING, refuse new requests, finish those under way within the limit, close everything. Idempotent: later calls wait for the first."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(timeout_s), name="router-stop")
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, timeout_s: float) -> None:
+        self._observation = replace(self._observation, state=ActorState.DRAINING)
+        parts, until_s = self._parts, time.monotonic() + timeout_s
+        if parts is not None:
+            parts.is_draining = True
+            await parts.health.drain()
+            await parts.servicer.wait_until_idle(timeout_s)
+            await parts.front.stop(CLOSE_S)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await parts.close(max(CLOSE_S, until_s - time.monotonic()))
+        self._observation = replace(self._observation, state=ActorState.DEAD, reason=self._observation.reason or "stopped")
+        self.stopped.set()
+
+    async def _listen(self, parts: RouterParts) -> int:
+        """Listen on the port of the spec, or where that is 0 on the one this router had before: clients find it again after a restart.
+
+        The life before may still be draining on a port that it is known to have had; then it is waited for.
+        """
+        spec, tls = self._config.spec, tls_of(self._config.spec)
+        memory = self._config.store_dir / "routers" / f"{spec.name}-{self._config.router_id}.port"
+        known = await asyncio.to_thread(_remembered_port, memory)
+        wanted = spec.router.port or known
+        until_s = time.monotonic() + (spec.router.drain_timeout_s + CLOSE_S if wanted and wanted == known else 0.0)
+        port = 0
+        while not port:
+            try:
+                port = await parts.front.start(spec.router.host, wanted, tls)
+            except ConfigError:
+                if time.monotonic() < until_s:
+                    await asyncio.sleep(PORT_RETRY_S)
+                elif spec.router.port or not wanted:
+                    raise
+                else:
+                    wanted = 0
+        await asyncio.to_thread(_remember_port, memory, port)
+        return port
+
+    def _follow(self, parts: RouterParts) -> None:
+        self._tasks = [asyncio.create_task(parts.feed.run(), name="table-feed"), asyncio.create_task(self._look(parts), name="router-look")]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """These tasks end only when cancelled; anything else is a bug. A router that follows no table would serve a stale one for ever: it drains and ends."""
+        if task.cancelled():
+            return
+        error = task.exception()
+        logger.error("%s of the router ended", task.get_name(), exc_info=error)
+        self._observation = replace(self._observation, reason=f"{task.get_name()} ended with {type(error).__name__}; see the router's log")
+        self._giving_up = self._giving_up or asyncio.create_task(self._give_up(), name="router-give-up")
+
+    async def _give_up(self) -> None:
+        try:
+            await self.stop(self._config.spec.router.drain_timeout_s)
+        finally:
+            if self._on_fault is not None:
+                self._on_fault()
+
+    async def _adopt(self, table: RoutingTable) -> None:
+        """Use a table: its models' gates first, then its links, then table and gates in one step, then what health says."""
+        async with self._adopting:
+            parts = self._parts
+            if parts is None or (parts.table is not None and table.epoch < parts.table.epoch):
+                return
+            models = await parts.models.load(table)
+            await parts.lanes.apply(table)
+            if parts.table is None:
+                await parts.lanes.wait_until_settled(SETTLE_S)
+            parts.models.put(models)
+            parts.table = table
+            await parts.health.update(table.models, parts.complete_models())
+            parts.measure_table(table)
+
+    async def _look(self, parts: RouterParts) -> None:
+        """Tell the controller what is seen: lost links at once, loads every REPORT_S; and try again models that could not be loaded."""
+        reported_s, known_lost = time.monotonic(), frozenset[str]()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            links = parts.lanes.status()
+            parts.measure_links(links)
+            lost = frozenset(str(link.endpoint.incarnation) for link in links if link.phase is LinkPhase.CLOSED)
+            now_s = time.monotonic()
+            if now_s - reported_s < REPORT_S and lost <= known_lost:
+                continue
+            if parts.feed.is_connected:
+                await parts.feed.report(links, parts.counted.take_loads(), now_s - reported_s)
+            reported_s, known_lost = now_s, lost
+            if parts.table is not None and set(parts.table.models) - set(parts.models.current):
+                await self._adopt(parts.table)
+
+    def _listen_for_sigterm(self, timeout_s: float) -> None:
+        """Only a process whose main thread runs this loop can hear the signal; elsewhere the host calls `stop`."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+            loop.add_signal_handler(signal.SIGTERM, lambda: loop.create_task(self.stop(timeout_s)))
+
+
+def _remembered_port(path: Path) -> int:
+    try:
+        text = path.read_text()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() and int(text) <= MAX_PORT else 0
+
+
+def _remember_port(path: Path, port: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(port))

@@ -1,0 +1,100 @@
+"""The twin: a model's MoE layers in one process with the cluster's own gate, order, experts and combine. For tests, demos and doubt.
+
+In bf16 the pipeline's replies equal the twin's bit for bit; in fp32 plain kernels may differ in the last bits with the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Collection
+from functools import cache
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+
+from actors.expert_blob import digest_of, encode
+from actors.expert_layouts import ExpertWeights, expert_forward, load_weights
+from actors.expert_store import ExpertStore
+from cluster.core.descriptors import DType, Manifest
+from cluster.core.errors import CheckpointError
+from cluster.core.ids import Role
+from cluster.registry.checkpoint import Checkpoint
+from router_service.core.choose import choose
+from router_service.core.combine import finish
+from router_service.core.layer_call import GateChoice, LayerCall, LayerReply, TopK
+from router_service.core.outcomes import Answer, Ledger
+from router_service.core.reference import experts_output
+from router_service.core.validate import check_call
+from router_service.models import ServedModel, as_tensor, load_model, make_model
+
+VersionedExpert = tuple[str, ExpertWeights]
+LoadExpert = Callable[[int, int], VersionedExpert]
+
+
+class Twin:
+    """One model in this process. `load_expert(layer, index)` gives version and weights; it is called once for each expert that is used.
+
+    `shadowed` experts ((layer, index)) are answered by their shadows, and reported so.
+    """
+
+    def __init__(self, model: ServedModel, load_expert: LoadExpert, shadowed: Collection[tuple[int, int]] = ()) -> None:
+        self.model = model
+        self._expert = cache(load_expert)
+        self._shadowed = frozenset(shadowed)
+
+    @classmethod
+    def from_folder(cls, path: Path, dtype: DType | Literal["checkpoint"] = "checkpoint", *, name: str = "twin") -> Self:
+        """From a checkpoint folder, without a store; each expert is read when it is first used and gets the version a store would give it.
+
+        The folder must stay as it is meanwhile. Raises CheckpointError.
+        """
+        checkpoint = Checkpoint(path)
+        descriptor = checkpoint.descriptor(name, dtype)
+        gates = {entry.layer: checkpoint.gate(entry.layer, descriptor.dtype) for entry in descriptor.layers}
+        model = make_model(Manifest(model=descriptor, experts={}, gates={}), "", gates)
+
+        def load(layer: int, index: int) -> VersionedExpert:
+            expert = model.layer(layer).descriptor.expert
+            arrays = checkpoint.expert(layer, index, expert.dtype)
+            tensors = {key: as_tensor(array) for key, array in arrays.items()}
+            return digest_of(encode(expert, arrays)), ExpertWeights(expert, tensors, expert.num_bytes, expert.num_bytes)
+
+        return cls(model, load)
+
+    @classmethod
+    def from_store(cls, store: ExpertStore, digest: str, *, shadowed: Collection[tuple[int, int]] = ()) -> Self:
+        """From a node-local store, by the digest of the model's manifest: the very bytes that actors serve.
+
+        With `shadowed` it computes what the cluster answers while these experts have a shadow only. Raises CheckpointError, also for an expert without one.
+        """
+        model = load_model(store, digest)
+        manifest = model.manifest
+        if lacking := [f"{layer}/{index}" for layer, index in shadowed if f"{layer}/{index}" not in manifest.shadows]:
+            message = f"model {model.name} has no shadow of expert {lacking[0]}; import it with a shadow section that covers it"
+            raise CheckpointError(message)
+
+        def load(layer: int, index: int) -> VersionedExpert:
+            key = f"{layer}/{index}"
+            version = manifest.shadows[key].version if (layer, index) in shadowed else manifest.experts[key]
+            return version, load_weights(store.open(version), torch.device("cpu"))
+
+        return cls(model, load, shadowed)
+
+    def layer(self, layer: int, hidden_states: torch.Tensor, routing: GateChoice | TopK | None = None, *, want_plan: bool = False) -> LayerReply:
+        """What the cluster answers to a call: [T, D] in, [T, D] out in the same dtype. Raises NotFound, InvalidRequest, DataLoss like the pipeline.
+
+        Without `routing` the layer's gate chooses. In the report every served choice is exact or, of a shadowed expert, shadow; generation and attempt are 0.
+        """
+        served = self.model.layer(layer)
+        call = LayerCall("twin", self.model.name, layer, hidden_states, routing or GateChoice(), math.inf, want_plan=want_plan)
+        x_TD = check_call(call, served.descriptor, served.dtype, max_tokens=sys.maxsize, num_positions=served.gate.num_positions)
+        chosen = choose(call.routing, served.gate, x_TD)
+        total_TD = experts_output(x_TD, chosen.ids_TK, chosen.weights_TK, lambda index, rows_ND: expert_forward(rows_ND, self._expert(layer, index)[1]))
+        ledger = Ledger(chosen.ids_TK, chosen.weights_TK.numpy(), chosen.dropped_TK)
+        for index in np.unique(chosen.ids_TK[chosen.ids_TK >= 0]).tolist():
+            role = Role.SHADOW if (layer, index) in self._shadowed else Role.REPLICA
+            ledger.answered(index, Answer(self._expert(layer, index)[0], 0, role, 0))
+        return LayerReply(finish(total_TD, hidden_states.dtype), ledger.report(epoch=0, want_plan=want_plan))

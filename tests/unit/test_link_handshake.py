@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from cluster.core.errors import MoeError, Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
+from cluster.core.ids import Incarnation
+from cluster.core.link_frames import MAX_HANDSHAKE_BYTES, NONCE_BYTES, Challenge, Proof, Refusal, derive_link_key, encode
+from cluster.core.link_handshake import ActorSide, RouterSide, error_of, refusal_of
+from cluster.core.link_limits import LinkLimits
+
+ME = Incarnation("actor-3", 7)
+KEY = derive_link_key(b"secret", ME)
+OTHER_KEY = derive_link_key(b"another secret", ME)
+
+
+def actor(key: bytes = KEY, nonce: bytes = b"a" * NONCE_BYTES, who: Incarnation = ME) -> ActorSide:
+    return ActorSide(who, key, nonce, LinkLimits(max_frame_bytes=1000, max_tokens_per_frame=10, frames_in_flight=3))
+
+
+def router(key: bytes = KEY, nonce: bytes = b"r" * NONCE_BYTES, who: Incarnation = ME) -> RouterSide:
+    return RouterSide(who, key, nonce, "router-0")
+
+
+def test_two_sides_with_one_key_agree_on_the_actors_limits() -> None:
+    there, here = actor(), router()
+    welcome = here.accept(there.welcome(here.prove(there.challenge)))
+    assert (welcome.max_frame_bytes, welcome.max_tokens_per_frame, welcome.frames_in_flight) == (1000, 10, 3)
+
+
+def test_an_actor_refuses_a_router_without_the_key() -> None:
+    there = actor()
+    with pytest.raises(Unauthenticated):
+        there.welcome(router(OTHER_KEY).prove(there.challenge))
+
+
+def test_a_router_refuses_an_actor_without_the_key() -> None:
+    here, there, impostor = router(), actor(), actor(OTHER_KEY)
+    proof = here.prove(there.challenge)
+    mac = dataclasses.replace(there.welcome(proof), mac=bytes(32))
+    with pytest.raises(Unauthenticated):
+        here.accept(mac)
+    with pytest.raises(Unauthenticated):
+        impostor.welcome(proof)
+
+
+def test_a_router_refuses_a_welcome_that_it_did_not_ask_for() -> None:
+    there = actor()
+    welcome = there.welcome(router().prove(there.challenge))
+    with pytest.raises(Unauthenticated):
+        router().accept(welcome)
+
+
+@pytest.mark.parametrize("found", [Incarnation("actor-3", 8), Incarnation("actor-3", 6), Incarnation("actor-4", 7)])
+def test_another_life_at_the_endpoint_is_refused(found: Incarnation) -> None:
+    with pytest.raises(ReplicaRejected, match="out of date"):
+        router().prove(actor(who=found).challenge)
+
+
+def test_a_proof_cannot_be_replayed_under_another_nonce() -> None:
+    proof = router().prove(actor().challenge)
+    with pytest.raises(Unauthenticated):
+        actor(nonce=b"b" * NONCE_BYTES).welcome(proof)
+
+
+def test_the_routers_own_proof_does_not_pass_as_the_actors() -> None:
+    here, there = router(), actor()
+    proof = here.prove(there.challenge)
+    reflected = dataclasses.replace(there.welcome(proof), mac=proof.mac)
+    with pytest.raises(Unauthenticated):
+        here.accept(reflected)
+
+
+@pytest.mark.parametrize("bounds", [(2, 3), (9, 9)])
+def test_protocols_that_do_not_overlap_are_refused(bounds: tuple[int, int]) -> None:
+    challenge = dataclasses.replace(actor().challenge, min_protocol=bounds[0], max_protocol=bounds[1])
+    with pytest.raises(ProtocolMismatch):
+        router().prove(challenge)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 99])
+def test_an_actor_refuses_a_protocol_that_it_does_not_speak(protocol: int) -> None:
+    there = actor()
+    with pytest.raises(ProtocolMismatch):
+        there.welcome(dataclasses.replace(router().prove(there.challenge), protocol=protocol))
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_protocol": 5}, {"min_protocol": 0}, {"nonce": b"x" * NONCE_BYTES}], ids=["raised maximum", "lowered minimum", "other nonce"]
+)
+def test_a_challenge_that_was_changed_on_the_way_breaks_the_proof(change: dict[str, Any]) -> None:
+    there = actor()
+    with pytest.raises(Unauthenticated):
+        there.welcome(router().prove(dataclasses.replace(there.challenge, **change)))
+
+
+@pytest.mark.parametrize("change", [{"router_id": "router-1"}, {"nonce": b"y" * NONCE_BYTES}, {"mac": b""}])
+def test_a_proof_that_was_changed_on_the_way_is_refused(change: dict[str, Any]) -> None:
+    there = actor()
+    with pytest.raises(Unauthenticated):
+        there.welcome(dataclasses.replace(router().prove(there.challenge), **change))
+
+
+def test_a_short_nonce_is_refused() -> None:
+    with pytest.raises(ProtocolMismatch):
+        router().prove(Challenge(1, 1, ME.actor_id, ME.generation, b"short"))
+
+
+def test_limits_of_zero_are_refused() -> None:
+    here, there = router(), actor()
+    welcome = there.welcome(here.prove(there.challenge))
+    with pytest.raises(ProtocolMismatch):
+        here.accept(dataclasses.replace(welcome, frames_in_flight=0))
+
+
+@pytest.mark.parametrize("error", [Unauthenticated("m"), ProtocolMismatch("m"), ReplicaRejected("m"), Overloaded("m")])
+def test_a_refusal_arrives_as_the_error_that_it_was(error: MoeError) -> None:
+    assert type(error_of(refusal_of(error))) is type(error)
+
+
+def test_a_second_challenge_is_refused() -> None:
+    here = router()
+    here.prove(actor().challenge)
+    with pytest.raises(ProtocolMismatch):
+        here.prove(actor(nonce=b"b" * NONCE_BYTES).challenge)
+
+
+def test_what_a_stranger_says_cannot_forge_log_lines() -> None:
+    error = error_of(Refusal("UNAUTHENTICATED", "no\n2026-01-01 INFO all is well\x1b[2J" + "x" * 1000))
+    assert str(error).isprintable()
+    assert len(str(error)) < 400
+
+
+def test_an_unknown_refusal_means_unavailable() -> None:
+    assert type(error_of(Refusal("SOMETHING_NEW", "m"))) is ReplicaUnavailable
+
+
+def test_no_handshake_frame_can_outgrow_its_limit() -> None:
+    assert len(encode(refusal_of(Unauthenticated("\u20ac" * 10_000)))) < MAX_HANDSHAKE_BYTES
+    longest = Proof(1, "r" * 1024, bytes(NONCE_BYTES), bytes(32))
+    assert len(encode(longest)) < MAX_HANDSHAKE_BYTES
