@@ -1,0 +1,160 @@
+"""The controller's status as a message and as JSON: one coherent view, made from one snapshot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from google.protobuf.message import Message
+
+from cluster.controller import Controller, Snapshot
+from cluster.core.ids import Role
+from cluster.core.lifecycle import ActorView
+from cluster.core.status import ActorObservation, ActorReport
+from protos.moelastic.control.v1 import control_pb2 as pb
+
+NUM_DECISIONS = 50
+_ROLES = {Role.REPLICA: pb.ROLE_REPLICA, Role.SHADOW: pb.ROLE_SHADOW}
+
+
+def status_message(controller: Controller) -> pb.GetClusterStatusResponse:
+    """Goal, nodes, actors, slots, table and last decisions, as of the last look."""
+    snapshot = controller.snapshot()
+    memory, decision = snapshot.memory, snapshot.decision
+    message = pb.GetClusterStatusResponse(
+        name=snapshot.spec.name if snapshot.spec is not None else "",
+        state=decision.state if decision is not None else "DEPLOYING",
+        epoch=memory.epoch,
+        spec_revision=memory.spec_revision,
+        controller_generation=snapshot.controller_generation,
+        observed_age_s=controller.observed_age_s(),
+        num_copies_wanted=decision.num_copies_wanted if decision is not None else 0,
+        num_copies_ready=decision.num_copies_ready if decision is not None else 0,
+        message=_text(snapshot),
+        differences=decision.differences if decision is not None else (),
+    )
+    for model in memory.published.models.values():
+        message.models.add(name=model.name, manifest=model.manifest, num_experts=model.num_experts, num_missing=model.num_missing)
+    for node in snapshot.status.nodes:
+        message.nodes.add(node_id=node.node_id, name=node.name, address=node.address, alive=node.alive, num_gpus=node.num_gpus)
+    _add_actors(message, snapshot)
+    for router in snapshot.status.routers:
+        message.routers.add(
+            router_id=router.router_id,
+            generation=router.generation,
+            address=f"{router.host}:{router.port}" if router.port else "",
+            metrics_address=f"127.0.0.1:{router.metrics_port}" if router.metrics_port else "",
+            state=router.state,
+            node_id=router.node_id,
+            pid=router.pid,
+        )
+    for entry in controller.store.decisions(NUM_DECISIONS):
+        message.decisions.add(
+            sequence=entry.sequence,
+            unix_time_s=entry.unix_time_s,
+            action=entry.action,
+            target=entry.target,
+            reason=entry.reason,
+            epoch=entry.epoch,
+        )
+    for expert, rate in sorted(snapshot.load.tokens_per_s.items()):
+        message.rates.add(model=expert.model, layer=expert.layer, index=expert.index, tokens_per_s=rate)
+    for place, (done, wanted) in sorted(snapshot.imports.items()):
+        node_id, _, name = place.partition("/")
+        message.imports.add(model=name, node_id=node_id, num_done=done, num_wanted=wanted)
+    return message
+
+
+def status_json(controller: Controller) -> str:
+    """The same as JSON, with the proto's field names; every field is there, numbers are numbers, enums their names."""
+    return json.dumps(_plain(status_message(controller)))
+
+
+def _text(snapshot: Snapshot) -> str:
+    """What keeps the goal from being reached."""
+    parts = [snapshot.trouble]
+    if snapshot.store_was_damaged:
+        parts.append("the controller's records were damaged and set aside; they were rebuilt from what runs")
+    if snapshot.spec is None:
+        parts.append("nothing is deployed")
+    parts += [f"{name.partition('/')[2]}: {done} of {wanted} blobs on {name.partition('/')[0][:12]}" for name, (done, wanted) in snapshot.imports.items()]
+    parts.append(snapshot.decision.message if snapshot.decision is not None else "")
+    return "; ".join(part for part in parts if part)
+
+
+def _add_actors(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> None:
+    """Recorded actors, seen or not, then unrecorded ones."""
+    seen = {actor.incarnation: actor for actor in snapshot.status.actors}
+    views = dict(snapshot.decision.actors) if snapshot.decision is not None else {}
+    now_s = snapshot.status.observed_s
+    for name in sorted(views):
+        view = views[name]
+        since_s = snapshot.memory.unreachable_since_s.get(view.incarnation, snapshot.memory.first_seen_s.get(view.incarnation, now_s))
+        _add_recorded(message, view, max(0.0, now_s - since_s))
+        seen.pop(view.incarnation, None)
+    for actor in seen.values():
+        _add_unrecorded(message, actor)
+
+
+def _add_recorded(message: pb.GetClusterStatusResponse, view: ActorView, since_s: float) -> None:
+    state = {"decided": "starting", "suspect": "unreachable", "lost": "dead"}.get(view.life, str(view.life))
+    entry = message.actors.add(
+        actor_id=view.actor_id,
+        generation=view.incarnation.generation,
+        state="draining" if view.leaving and state == "ready" else state,
+        node_id=view.record.node_id,
+        num_slots=view.record.num_slots,
+        reason=view.reason,
+        since_s=since_s,
+    )
+    if view.report is not None:
+        _fill(entry, view.report)
+
+
+def _add_unrecorded(message: pb.GetClusterStatusResponse, actor: ActorObservation) -> None:
+    incarnation = actor.incarnation
+    entry = message.actors.add(
+        actor_id=incarnation.actor_id,
+        generation=incarnation.generation,
+        state=actor.state,
+        node_id=actor.node_id,
+        reason=actor.reason or "not recorded; is being stopped",
+    )
+    if actor.report is not None:
+        _fill(entry, actor.report)
+
+
+def _fill(entry: pb.ActorStatus, report: ActorReport) -> None:
+    entry.address = f"{report.host}:{report.port}"
+    entry.device, entry.pid, entry.num_slots = report.device, report.pid, report.num_slots
+    entry.capacity_bytes, entry.used_bytes = max(0, report.capacity_bytes), max(0, report.used_bytes)
+    entry.expanded_bytes = report.expanded_bytes
+    for slot in report.slots:
+        expert = slot.copy.expert
+        entry.slots.add(
+            model=expert.model,
+            layer=expert.layer,
+            index=expert.index,
+            version=slot.copy.version,
+            role=_ROLES[slot.copy.role],
+            state=slot.state,
+            bytes=max(0, slot.num_bytes),
+        )
+
+
+def _plain(message: Message) -> dict[str, object]:
+    """A message as plain data. proto's own JSON writes 64-bit numbers as strings, which would surprise every reader of `--json`."""
+    result: dict[str, object] = {}
+    for field in message.DESCRIPTOR.fields:
+        names = {entry.number: entry.name for entry in field.enum_type.values} if field.enum_type is not None else {}
+        value = getattr(message, field.name)
+        result[field.name] = [_plain_value(item, names) for item in value] if field.is_repeated else _plain_value(value, names)
+    return result
+
+
+def _plain_value(value: object, enum_names: Mapping[int, str]) -> object:
+    if isinstance(value, Message):
+        return _plain(value)
+    if isinstance(value, int) and enum_names:
+        return enum_names[value]
+    return value.hex() if isinstance(value, bytes) else value
