@@ -1,0 +1,100 @@
+"""A process that calls one peer as often as it is told: one JSON command per line on stdin, one JSON answer per line on stdout.
+
+{"do": "answer", "model": "bench", "tokens": 8, "seed": 1, "path": "answer.npy"}                  call once, save the answer to be checked
+{"do": "measure", "model": "bench", "callers": 16, "tokens": 64, "seconds": 1.0, "warm_up": 3}    {"latencies_s": [...], "wall_s": ..., "cpu_s": ...}
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.layer import Rows, random_rows
+from bench.settings import Sizes
+
+NUM_INPUTS = 4
+
+
+class Caller:
+    """Calls a peer; one caller blocks, many share an event loop."""
+
+    def __init__(self, peer: Any, sizes: Sizes) -> None:
+        self._peer = peer
+        self._sizes = sizes
+        self._loop = asyncio.new_event_loop()
+
+    def answer(self, model: str, tokens: int, seed: int, path: str) -> dict[str, Any]:
+        """Save what the peer answers to rows of a seed."""
+        rows = random_rows(self._sizes, tokens, seed)
+        blocking, concurrent = self._peer.call(rows, model), self._loop.run_until_complete(self._peer.acall(rows, model))
+        np.save(path, np.stack([blocking.view(np.uint16), concurrent.view(np.uint16)]))
+        return {}
+
+    def measure(self, model: str, callers: int, tokens: int, seconds: float, warm_up: int) -> dict[str, Any]:
+        """Call for some seconds; what `warm_up` calls of each caller take is not counted."""
+        inputs = [random_rows(self._sizes, tokens, seed) for seed in range(NUM_INPUTS)]
+        if callers == 1:
+            self._block(inputs, model, warm_up, 0.0)
+            begun_s, cpu_s = time.perf_counter(), time.process_time()
+            latencies = self._block(inputs, model, 1, seconds)
+        else:
+            self._loop.run_until_complete(self._together(inputs, model, callers, warm_up, 0.0))
+            begun_s, cpu_s = time.perf_counter(), time.process_time()
+            latencies = self._loop.run_until_complete(self._together(inputs, model, callers, 1, seconds))
+        return {"latencies_s": latencies, "wall_s": time.perf_counter() - begun_s, "cpu_s": time.process_time() - cpu_s}
+
+    def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float) -> list[float]:
+        latencies: list[float] = []
+        until_s = time.perf_counter() + seconds
+        while len(latencies) < at_least or time.perf_counter() < until_s:
+            begun_s = time.perf_counter()
+            self._peer.call(inputs[len(latencies) % NUM_INPUTS], model)
+            latencies.append(time.perf_counter() - begun_s)
+        return latencies
+
+    async def _together(self, inputs: list[Rows], model: str, callers: int, at_least: int, seconds: float) -> list[float]:
+        until_s = time.perf_counter() + seconds
+
+        async def one(number: int) -> list[float]:
+            latencies: list[float] = []
+            while len(latencies) < at_least or time.perf_counter() < until_s:
+                begun_s = time.perf_counter()
+                await self._peer.acall(inputs[(number + len(latencies)) % NUM_INPUTS], model)
+                latencies.append(time.perf_counter() - begun_s)
+            return latencies
+
+        return [latency for found in await asyncio.gather(*(one(number) for number in range(callers))) for latency in found]
+
+
+def main() -> None:
+    """Make the peer, say that it is ready, then obey until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", required=True)
+    parser.add_argument("--folders", type=json.loads, required=True)
+    parser.add_argument("--sizes", type=json.loads, required=True)
+    parser.add_argument("--options", type=json.loads, default={})
+    given = parser.parse_args()
+    sizes = Sizes(**given.sizes)
+    # Whatever the peer's libraries print goes to stderr; stdout is for answers alone.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    peer = importlib.import_module(f"bench.peers.{given.peer}").Peer({name: Path(path) for name, path in given.folders.items()}, sizes, given.options)
+    caller = Caller(peer, sizes)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        reply = {"answer": caller.answer, "measure": caller.measure}[command.pop("do")](**command)
+        print(json.dumps(reply), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Where the time of one request goes: the caller's clock around the client, the router's and the actors' spans below it.
+
+Requests are traced one at a time; the parts of each are disjoint and what no span covers is named as such, so they add up to what the caller saw.
+Of several actors that work at once the one that is last counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_hex
+from statistics import median
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.layer import random_rows
+from bench.rig import Rig
+from bench.settings import LAYER, Case
+from cluster.deploy.connection import read_token
+from cluster.telemetry.trace_files import SpanRecord, read_spans
+from kit.waiting import wait_until
+from protos.moelastic.router.v1 import router_pb2 as pb
+from router_service.client import RouterClient
+from router_service.client_request import DispatchMessages
+
+PARTS = ("client", "gRPC", "router: check, account", "gate", "sort", "dispatch: tasks", "send, receive", "queue", "compute", "combine")
+FLUSH_S = 20.0
+
+
+def profile(rig: Rig, console: Console) -> dict[str, dict[str, float]]:
+    """Print the median of each part, in microseconds, for each case of one caller; returns them."""
+    found: dict[str, dict[str, float]] = {}
+    for case in (case for case in rig.settings.cases if case.callers == 1):
+        traced = _call(rig, case)
+        wait_until(lambda known=traced: set(known) <= _ended(rig.trace_dir), "the traces are written", timeout_s=FLUSH_S)
+        spans: dict[str, list[SpanRecord]] = {}
+        for span in read_spans(rig.trace_dir):
+            spans.setdefault(span.trace_id, []).append(span)
+        client_s = _client_s(rig, case)
+        parts = [parts_of(total_s, client_s, spans[trace_id]) for trace_id, total_s in traced.items()]
+        found[case.name] = {name: median(part[name] for part in parts) for name in PARTS} | {"total": median(traced.values())}
+    _show(found, console)
+    return found
+
+
+def _call(rig: Rig, case: Case) -> dict[str, float]:
+    """Seconds of each request, by the trace that it asked for; warm-up first."""
+    token = read_token(rig.deployment.connection.token_path)
+    rows = random_rows(rig.settings.sizes, case.tokens, 0)
+    seconds: dict[str, float] = {}
+    with RouterClient(rig.deployment.connection.router_address, token=token, timeout_s=30.0) as client:
+        for _ in range(rig.settings.profile_calls // 4):
+            client.dispatch(rows, model=case.model, layer=LAYER)
+        for _ in range(rig.settings.profile_calls):
+            trace_id = token_hex(16)
+            messages = DispatchMessages(rows, {"model": case.model, "layer": LAYER})
+            begun_s = time.perf_counter()
+            client._send_whole(messages, 30.0, f"00-{trace_id}-{token_hex(8)}-01")
+            seconds[trace_id] = time.perf_counter() - begun_s
+    client_s = _client_s(rig, case)
+    return {trace_id: total_s + client_s for trace_id, total_s in seconds.items()}
+
+
+def _client_s(rig: Rig, case: Case) -> float:
+    """Making the request message and reading the reply's, without the wire."""
+    rows = random_rows(rig.settings.sizes, case.tokens, 0)
+    reply = pb.DispatchResponse()
+    reply.hidden_states.CopyFrom(DispatchMessages(rows, {"layer": LAYER}).request.hidden_states)
+    reply.hidden_states.data = rows.view(np.uint8).tobytes()
+    times = []
+    for _ in range(rig.settings.profile_calls):
+        begun_s = time.perf_counter()
+        messages = DispatchMessages(rows, {"model": case.model, "layer": LAYER})
+        _ = messages.whole
+        messages.reply_of(reply)
+        times.append(time.perf_counter() - begun_s)
+    return median(times)
+
+
+def _ended(trace_dir: Path) -> set[str]:
+    """Traces of which the root is written; what lies below it was written before, or is of an actor, which flushes as often."""
+    names: dict[str, set[str]] = {}
+    for span in read_spans(trace_dir):
+        names.setdefault(span.trace_id, set()).add(span.name)
+    return {trace_id for trace_id, found in names.items() if "moe.request" in found}
+
+
+def parts_of(total_s: float, client_s: float, spans: Sequence[SpanRecord]) -> dict[str, float]:
+    """The disjoint parts of one request, in seconds; they sum to its total."""
+    by_name = {name: [span for span in spans if span.name == name] for name in ("moe.request", "moe.gate", "moe.plan", "moe.dispatch", "moe.combine")}
+    request = _seconds(by_name["moe.request"])
+    gate, sort, combine = (_seconds(by_name[name]) for name in ("moe.gate", "moe.plan", "moe.combine"))
+    last = max(by_name["moe.dispatch"], key=lambda span: span.end_ns)
+    dispatch = (max(span.end_ns for span in by_name["moe.dispatch"]) - min(span.start_ns for span in by_name["moe.dispatch"])) / 1e9
+    queue, compute, transfer = (float(last.attributes[f"moe.{name}"]) for name in ("queue_s", "compute_s", "transfer_s"))
+    values = (
+        client_s,
+        total_s - client_s - request,
+        request - gate - sort - dispatch - combine,
+        gate,
+        sort,
+        dispatch - queue - compute - transfer,
+        transfer,
+        queue,
+        compute,
+        combine,
+    )
+    return dict(zip(PARTS, values, strict=True))
+
+
+def _seconds(spans: Sequence[SpanRecord]) -> float:
+    return sum(span.end_ns - span.start_ns for span in spans) / 1e9
+
+
+def _show(found: dict[str, dict[str, float]], console: Console) -> None:
+    table = Table(title="where the time of one request goes, microseconds (medians; traced, which costs a little itself)")
+    table.add_column("part")
+    for case in found:
+        table.add_column(case, justify="right")
+    for name in PARTS:
+        table.add_row(name, *(f"{1e6 * parts[name]:,.0f}" for parts in found.values()))
+    table.add_section()
+    table.add_row("sum of the medians", *(f"{1e6 * sum(parts[name] for name in PARTS):,.0f}" for parts in found.values()))
+    table.add_row("as the caller saw it", *(f"{1e6 * parts['total']:,.0f}" for parts in found.values()))
+    console.print(table)
