@@ -34,8 +34,6 @@ from router_service.table_feed import Adopt, TableFeed
 from router_service.wire_views import LinkView, RouterFacts
 
 FLUSH_S: Final = 2.0
-# About where the few experts of an actor stop being bound by reading their weights: larger frames gain little by merging.
-MIN_OVERLAPPING_TOKENS: Final = 128
 _STATES: Final = {LinkPhase.CONNECTING: "connecting", LinkPhase.READY: "ready", LinkPhase.DRAINING: "closed", LinkPhase.CLOSED: "closed"}
 
 
@@ -142,7 +140,6 @@ def _lanes(config: RouterConfig, secrets: RouterSecrets) -> Lanes:
         max_frame_bytes=link.max_frame_bytes,
         max_tokens_per_frame=actors.max_tokens_per_frame,
         frames_in_flight=actors.frames_in_flight,
-        min_overlapping_tokens=MIN_OVERLAPPING_TOKENS,
         connect_timeout_s=link.connect_timeout_s,
         heartbeat_s=link.heartbeat_s,
     )
