@@ -16,7 +16,8 @@ from itertools import islice
 import numpy as np
 
 from cluster.core.errors import InvalidRequest, InvariantBroken, MoeError, Overloaded, ReplicaUnavailable
-from cluster.core.link_frames import Forward, Frame, Result, encode
+from cluster.core.link_codec import encode
+from cluster.core.link_frames import Forward, Frame, Result
 from cluster.core.link_reader import FrameReader
 
 Buffers = Sequence[bytes | memoryview]

@@ -13,6 +13,7 @@
         ReplicaRejected     it refused: wrong generation, copy not held      ABORTED
         ReplicaUnavailable  no connection, or the connection was lost        UNAVAILABLE
         ReplicaFaulted      its forward raised                               INTERNAL
+        ReplicaCorrupt      its numbers are wrong                            INTERNAL
       ExpertUnavailable     no copy of an expert answered                    UNAVAILABLE
       NotReady              starting, loading or draining                    UNAVAILABLE
       StaleTable            an older epoch than the one already seen         FAILED_PRECONDITION
@@ -132,6 +133,12 @@ class ReplicaUnavailable(ReplicaError):
 
 class ReplicaFaulted(ReplicaError):
     """The expert's forward raised."""
+
+    status = "INTERNAL"
+
+
+class ReplicaCorrupt(ReplicaError):
+    """Its numbers are wrong: not finite where the input is, or not what its own checksums say. They were not used."""
 
     status = "INTERNAL"
 

@@ -14,7 +14,8 @@ import struct
 
 from cluster.core.errors import MoeError, NotReady, Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
 from cluster.core.ids import Incarnation
-from cluster.core.link_frames import NONCE_BYTES, PROTOCOL, Challenge, Proof, Refusal, Welcome
+from cluster.core.link_codec import PROTOCOL
+from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, Welcome
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import MAX_TEXT_CHARS, printable
 

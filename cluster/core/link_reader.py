@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.core.link_frames import PREFIX, Frame, Prefix, decode, decode_prefix
+from cluster.core.link_codec import PREFIX, Prefix, decode, decode_prefix
+from cluster.core.link_frames import Frame
 
 _STAGING_BYTES = 64 << 10
 _EMPTY = memoryview(b"")

@@ -219,7 +219,7 @@ def _draft(spec: ClusterSpec, manifests: Mapping[str, Manifest], chosen: Mapping
         manifest = manifests.get(model.name)
         if manifest is not None:
             present = sum(1 for expert in copies if expert.model == model.name)
-            models[model.name] = TableModel(model.name, manifest.digest, len(manifest.experts), len(manifest.experts) - present)
+            models[model.name] = TableModel(model.name, manifest.digest, len(manifest.experts), len(manifest.experts) - present, model.ladder)
     return TableDraft(dict(sorted(endpoints.items())), copies, models)
 
 

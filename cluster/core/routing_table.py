@@ -32,12 +32,16 @@ class TableCopy:
 
 @dataclass(frozen=True, slots=True)
 class TableModel:
-    """A model as routers see it. `manifest` is the digest of its manifest in every node's store; `num_missing` counts experts without a copy."""
+    """A model as routers see it. `manifest` is the digest of its manifest in every node's store; `num_missing` counts experts without a copy.
+
+    `ladder` says what may answer for an expert without a full-precision copy, in this order (`models[].ladder`).
+    """
 
     name: str
     manifest: str
     num_experts: int
     num_missing: int
+    ladder: tuple[str, ...] = ("shadow",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ class ShadowSpec(_Section):
     expanded_max: PositiveInt = Field(8, description="shadows that an actor keeps expanded to full size at once, beside those under way")
 
 
+Rung = Literal["shadow", "fewer_experts", "generalist", "dense"]
+
+
 class ModelSpec(_Section):
     """One model to serve: a Hugging Face safetensors folder, or a folder in the custom layout."""
 
@@ -37,6 +40,11 @@ class ModelSpec(_Section):
     dtype: DType | Literal["checkpoint"] = Field("checkpoint", description="element type to serve in; `checkpoint` keeps the checkpoint's own")
     replicas: PositiveInt = Field(1, description="full-precision copies of every expert, each on an actor of its own")
     shadow: ShadowSpec | None = Field(None, description="shadows of its experts; null: none are made")
+    ladder: tuple[Rung, ...] = Field(
+        ("shadow",),
+        max_length=4,
+        description="what may answer for an expert without a full-precision copy, unless a request wants EXACT; tried in this order, and none after the last",
+    )
 
 
 class ActorsSpec(_Section):
@@ -64,6 +72,35 @@ class LinkSpec(_Section):
     max_frame_bytes: PositiveInt = 256 * MIB
     connect_timeout_s: PositiveFloat = 5.0
     heartbeat_s: PositiveFloat = 0.5
+
+
+class LivenessSpec(_Section):
+    """When a router stops trusting an actor that owes it an answer: by silence and by lack of progress of its compute thread, never by idleness."""
+
+    probe_s: PositiveFloat = Field(0.04, description="an actor that owes rows and has said nothing for so long is asked for its progress")
+    suspect_s: PositiveFloat = Field(0.1, description="silent, or without progress beyond what its rows usually take, for so long: suspected")
+    eject_s: PositiveFloat = Field(0.2, description="and for so long: ejected, and its rows are sent elsewhere")
+    node_window_s: PositiveFloat = Field(0.2, description="two actors of one node lost within this time: the whole node is ejected")
+    first_readmit_s: PositiveFloat = Field(
+        0.25, description="after a first ejection it is tried again on real rows after so long, then after twice that, and so on"
+    )
+    max_readmit_s: PositiveFloat = 30.0
+
+
+class HedgingSpec(_Section):
+    """When rows that are late are sent to another copy as well; the first success wins."""
+
+    enabled: bool = True
+    quantile: float = Field(0.99, gt=0.5, lt=1.0, description="rows later than this share of rows like them are hedged")
+    min_delay_s: PositiveFloat = 0.01
+    budget_fraction: float = Field(0.05, ge=0.0, le=1.0, description="rows that may be sent a second time because they are late, as a share of all rows sent")
+
+
+class AbftSpec(_Section):
+    """Checksums of the experts' matrix products (algorithm-based fault tolerance), which catch flipped bits in weights and outputs."""
+
+    fraction: float = Field(0.0625, ge=0.0, le=1.0, description="share of frames that are checked")
+    redigest_s: PositiveFloat = Field(300.0, description="every resident weight is digested again once in so long, in the background")
 
 
 class RouterSpec(_Section):
@@ -132,6 +169,12 @@ class ClusterSpec(_Section):
     models: tuple[ModelSpec, ...] = Field(min_length=1, max_length=64)
     actors: ActorsSpec = ActorsSpec()
     link: LinkSpec = LinkSpec()
+    liveness: LivenessSpec = LivenessSpec()
+    hedging: HedgingSpec = HedgingSpec()
+    abft: AbftSpec = AbftSpec()
+    chaos: Literal["refused", "allowed"] = Field(
+        "refused", description="allowed: holders of the fault token may inject faults with `moelastic chaos`; never in production"
+    )
     router: RouterSpec = RouterSpec()
     control: ControlSpec = ControlSpec()
     auth: AuthSpec = AuthSpec()

@@ -32,7 +32,8 @@ def to_proto(table: RoutingTable, *, router_generation: int = 0, controller_gene
         for copy in copies:
             entry.copies.add(actor=place[copy.incarnation.actor_id], version=bytes.fromhex(copy.version), role=_ROLE_OUT[copy.role])
     for model in table.models.values():
-        message.models.add(name=model.name, manifest=model.manifest, num_experts=model.num_experts, num_missing=model.num_missing)
+        counts = {"num_experts": model.num_experts, "num_missing": model.num_missing}
+        message.models.add(name=model.name, manifest=model.manifest, ladder=model.ladder, **counts)
     return message
 
 
@@ -47,7 +48,7 @@ def from_proto(message: pb.WatchTableResponse) -> RoutingTable:
         if expert in copies:
             _refuse(f"experts[{index}]", f"{expert} appears twice")
         copies[expert] = tuple(_copy(copy, endpoints, f"experts[{index}].copies[{at}]") for at, copy in enumerate(entry.copies))
-    models = {entry.name: TableModel(entry.name, entry.manifest, entry.num_experts, entry.num_missing) for entry in message.models}
+    models = {entry.name: TableModel(entry.name, entry.manifest, entry.num_experts, entry.num_missing, tuple(entry.ladder)) for entry in message.models}
     return RoutingTable(message.epoch, {endpoint.incarnation.actor_id: endpoint for endpoint in endpoints}, copies, models)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.core.errors import InvalidRequest, MoeError, ReplicaFaulted, ReplicaRejected
+from cluster.core.errors import InvalidRequest, MoeError, ReplicaCorrupt, ReplicaFaulted, ReplicaRejected
 from cluster.core.link_frames import Forward, FrameStatus, Result, Segment, SegmentResult, SegmentStatus
 from cluster.core.link_values import printable
 
@@ -56,4 +56,6 @@ def error_of_segment(segment: SegmentResult) -> MoeError | None:
     detail = f" ({printable(segment.message)})" if segment.message else ""
     if segment.status in _REJECTED:
         return ReplicaRejected(f"the actor {_REJECTED[segment.status]}{detail}")
+    if segment.status is SegmentStatus.WRONG_NUMBERS:
+        return ReplicaCorrupt(f"the actor found its own numbers wrong{detail}")
     return ReplicaFaulted(f"the actor {_FAULTED[segment.status]}{detail}")

@@ -14,9 +14,9 @@ import numpy as np
 from actors.link_server import LinkServer, Progress, Reply
 from cluster.core.descriptors import DType
 from cluster.core.ids import ExpertId, Incarnation, Role
+from cluster.core.link_codec import PREFIX, decode, decode_prefix, encode
 from cluster.core.link_frames import (
     NONCE_BYTES,
-    PREFIX,
     Challenge,
     Forward,
     Frame,
@@ -27,10 +27,7 @@ from cluster.core.link_frames import (
     SegmentResult,
     SegmentStatus,
     Welcome,
-    decode,
-    decode_prefix,
     derive_link_key,
-    encode,
 )
 from cluster.core.link_handshake import RouterSide
 from cluster.core.link_limits import LinkLimits

@@ -13,7 +13,8 @@ from actors.core.memory import MeasuredMemory, capacity_bytes
 from actors.core.slots import Holding
 from cluster.core.descriptors import DType, ExpertDescriptor
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
-from cluster.core.link_frames import Forward, FrameStatus, Run, Segment, SegmentStatus, decode, decode_prefix, encode
+from cluster.core.link_codec import decode, decode_prefix, encode
+from cluster.core.link_frames import Forward, FrameStatus, Run, Segment, SegmentStatus
 
 ME = Incarnation("expert-3", 5)
 VERSION = bytes(range(32))

@@ -7,7 +7,8 @@ import pytest
 from cluster.core.descriptors import DType
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge, Overloaded, ReplicaFaulted, ReplicaRejected
 from cluster.core.ids import ExpertId, Role
-from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, FrameStatus, Result, SegmentResult, SegmentStatus, encode
+from cluster.core.link_codec import encode
+from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, FrameStatus, Result, SegmentResult, SegmentStatus
 from router_service.core.batching import FramePlan, Lane, LaneLimits, RunOffer, TokenBudget
 from router_service.core.frame_draft import MAX_PIECES, Piece
 

@@ -47,7 +47,7 @@ def test_absolute_paths_stay() -> None:
     [
         (MINIMAL + "actors: {slots_per_acter: 1}", ["actors.slots_per_acter", "unknown key", "did you mean `slots_per_actor`?"]),
         ("models: [{name: a, path: b, repliccas: 2}]", ["models.0.repliccas", "unknown key", "`replicas`"]),
-        (MINIMAL + "zzz: 1", ["zzz", "unknown key", "known here: actors, auth"]),
+        (MINIMAL + "zzz: 1", ["zzz", "unknown key", "known here: abft, actors, auth"]),
         ("name: x", ["models: missing"]),
         ("models: []", ["models:", "at least 1"]),
         ("models: [{name: a}]", ["models.0.path: missing"]),

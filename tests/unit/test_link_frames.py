@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from cluster.core.descriptors import DType
 from cluster.core.errors import InvalidRequest, MoeError, ProtocolMismatch
 from cluster.core.ids import Incarnation, Role
+from cluster.core.link_codec import MAGIC, MAX_HANDSHAKE_BYTES, MAX_HEADER_BYTES, MAX_ITEMS, PREFIX, PROTOCOL, Prefix, decode, decode_prefix, encode
 from cluster.core.link_frames import (
-    MAGIC,
-    MAX_HANDSHAKE_BYTES,
-    MAX_HEADER_BYTES,
-    MAX_ITEMS,
-    PREFIX,
-    PROTOCOL,
     Cancel,
     Challenge,
     Forward,
@@ -27,7 +22,6 @@ from cluster.core.link_frames import (
     Goodbye,
     Ping,
     Pong,
-    Prefix,
     Proof,
     Refusal,
     Result,
@@ -36,10 +30,7 @@ from cluster.core.link_frames import (
     SegmentResult,
     SegmentStatus,
     Welcome,
-    decode,
-    decode_prefix,
     derive_link_key,
-    encode,
 )
 
 LIMIT = 1 << 40

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.core.errors import MoeError, Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
 from cluster.core.ids import Incarnation
-from cluster.core.link_frames import MAX_HANDSHAKE_BYTES, NONCE_BYTES, Challenge, Proof, Refusal, derive_link_key, encode
+from cluster.core.link_codec import MAX_HANDSHAKE_BYTES, encode
+from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, derive_link_key
 from cluster.core.link_handshake import ActorSide, RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 

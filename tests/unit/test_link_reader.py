@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from cluster.core.descriptors import DType
 from cluster.core.errors import InvalidRequest, MoeError, ProtocolMismatch
 from cluster.core.ids import Role
-from cluster.core.link_frames import MAGIC, PREFIX, PROTOCOL, Challenge, Forward, Frame, Goodbye, Ping, Run, Segment, encode
+from cluster.core.link_codec import MAGIC, PREFIX, PROTOCOL, encode
+from cluster.core.link_frames import Challenge, Forward, Frame, Goodbye, Ping, Run, Segment
 from cluster.core.link_reader import FrameReader
 
 

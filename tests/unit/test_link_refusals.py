@@ -10,19 +10,8 @@ import pytest
 
 from cluster.core.errors import Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
 from cluster.core.ids import Incarnation
-from cluster.core.link_frames import (
-    MAGIC,
-    MAX_HANDSHAKE_BYTES,
-    PREFIX,
-    Challenge,
-    Forward,
-    Ping,
-    Proof,
-    Refusal,
-    Welcome,
-    derive_link_key,
-    encode,
-)
+from cluster.core.link_codec import MAGIC, MAX_HANDSHAKE_BYTES, PREFIX, encode
+from cluster.core.link_frames import Challenge, Forward, Ping, Proof, Refusal, Welcome, derive_link_key
 from cluster.core.link_handshake import ActorSide
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint

@@ -10,20 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.core.errors import Overloaded
-from cluster.core.link_frames import (
-    MAGIC,
-    PREFIX,
-    Cancel,
-    Forward,
-    FrameStatus,
-    Goodbye,
-    Ping,
-    Pong,
-    Proof,
-    Result,
-    SegmentStatus,
-    encode,
-)
+from cluster.core.link_codec import MAGIC, PREFIX, encode
+from cluster.core.link_frames import Cancel, Forward, FrameStatus, Goodbye, Ping, Pong, Proof, Result, SegmentStatus
 from cluster.core.link_limits import LinkLimits
 from kit.link import RawPeer, forward_of, random_rows, request, running_actor, running_lanes, serves, until
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)protos/moelastic/control/v1/control.proto\x12\x14moelastic.control.v1\"U\n\x11WatchTableRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11router_generation\x18\x02 \x01(\x04\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\"m\n\x08\x45ndpoint\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\"P\n\x04\x43opy\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.moelastic.control.v1.Role\"a\n\x06\x45xpert\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x06\x63opies\x18\x04 \x03(\x0b\x32\x1a.moelastic.control.v1.Copy\"Q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\x13\n\x0bnum_missing\x18\x04 \x01(\r\"\xe9\x01\n\x12WatchTableResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12.\n\x06\x61\x63tors\x18\x02 \x03(\x0b\x32\x1e.moelastic.control.v1.Endpoint\x12-\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1c.moelastic.control.v1.Expert\x12+\n\x06models\x18\x04 \x03(\x0b\x32\x1b.moelastic.control.v1.Model\x12\x19\n\x11router_generation\x18\x05 \x01(\x04\x12\x1d\n\x15\x63ontroller_generation\x18\x06 \x01(\x04\"I\n\nExpertLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"m\n\nLinkHealth\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x14\n\x0coldest_age_s\x18\x05 \x01(\x01\"\xc6\x01\n\x13ReportHealthRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11router_generation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12/\n\x05links\x18\x04 \x03(\x0b\x32 .moelastic.control.v1.LinkHealth\x12/\n\x05loads\x18\x05 \x03(\x0b\x32 .moelastic.control.v1.ExpertLoad\x12\x10\n\x08window_s\x18\x06 \x01(\x01\"%\n\x14ReportHealthResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"2\n\x0c\x41pplyRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\";\n\rApplyResponse\x12\x15\n\rspec_revision\x18\x01 \x01(\x04\x12\x13\n\x0b\x64ifferences\x18\x02 \x03(\t\"\x19\n\x17GetClusterStatusRequest\"\x92\x01\n\nSlotStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\t\x12(\n\x04role\x18\x05 \x01(\x0e\x32\x1a.moelastic.control.v1.Role\x12\r\n\x05state\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\"\xaa\x02\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tnum_slots\x18\x07 \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x08 \x01(\x04\x12\x12\n\nused_bytes\x18\t \x01(\x04\x12/\n\x05slots\x18\n \x03(\x0b\x32 .moelastic.control.v1.SlotStatus\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x0f\n\x07since_s\x18\x0c \x01(\x01\x12\x0b\n\x03pid\x18\r \x01(\x05\x12\x16\n\x0e\x65xpanded_bytes\x18\x0e \x01(\x04\"n\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05\x61live\x18\x04 \x01(\x08\x12\x10\n\x08num_gpus\x18\x05 \x01(\x01\x12\x0f\n\x07since_s\x18\x06 \x01(\x01\"v\n\x0e\x44\x65\x63isionRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bunix_time_s\x18\x02 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"\x8c\x01\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x05\"V\n\x0eImportProgress\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x12\n\nnum_wanted\x18\x04 \x01(\x04\"O\n\nExpertRate\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"\xd6\x04\n\x18GetClusterStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rspec_revision\x18\x04 \x01(\x04\x12\x1d\n\x15\x63ontroller_generation\x18\x05 \x01(\x04\x12\x16\n\x0eobserved_age_s\x18\x06 \x01(\x01\x12+\n\x06models\x18\x07 \x03(\x0b\x32\x1b.moelastic.control.v1.Model\x12\x31\n\x06\x61\x63tors\x18\x08 \x03(\x0b\x32!.moelastic.control.v1.ActorStatus\x12/\n\x05nodes\x18\t \x03(\x0b\x32 .moelastic.control.v1.NodeStatus\x12\x33\n\x07routers\x18\n \x03(\x0b\x32\".moelastic.control.v1.RouterStatus\x12\x37\n\tdecisions\x18\x0b \x03(\x0b\x32$.moelastic.control.v1.DecisionRecord\x12\x19\n\x11num_copies_wanted\x18\x0c \x01(\r\x12\x18\n\x10num_copies_ready\x18\r \x01(\r\x12\x0f\n\x07message\x18\x0e \x01(\t\x12\x35\n\x07imports\x18\x0f \x03(\x0b\x32$.moelastic.control.v1.ImportProgress\x12\x13\n\x0b\x64ifferences\x18\x10 \x03(\t\x12/\n\x05rates\x18\x11 \x03(\x0b\x32 .moelastic.control.v1.ExpertRate*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_REPLICA\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02\x32\x9f\x03\n\x0e\x43ontrolService\x12\x61\n\nWatchTable\x12\'.moelastic.control.v1.WatchTableRequest\x1a(.moelastic.control.v1.WatchTableResponse0\x01\x12\x65\n\x0cReportHealth\x12).moelastic.control.v1.ReportHealthRequest\x1a*.moelastic.control.v1.ReportHealthResponse\x12P\n\x05\x41pply\x12\".moelastic.control.v1.ApplyRequest\x1a#.moelastic.control.v1.ApplyResponse\x12q\n\x10GetClusterStatus\x12-.moelastic.control.v1.GetClusterStatusRequest\x1a..moelastic.control.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)protos/moelastic/control/v1/control.proto\x12\x14moelastic.control.v1\"U\n\x11WatchTableRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11router_generation\x18\x02 \x01(\x04\x12\x12\n\nlast_epoch\x18\x03 \x01(\x04\"m\n\x08\x45ndpoint\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\"P\n\x04\x43opy\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12(\n\x04role\x18\x03 \x01(\x0e\x32\x1a.moelastic.control.v1.Role\"a\n\x06\x45xpert\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12*\n\x06\x63opies\x18\x04 \x03(\x0b\x32\x1a.moelastic.control.v1.Copy\"a\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\x13\n\x0bnum_missing\x18\x04 \x01(\r\x12\x0e\n\x06ladder\x18\x05 \x03(\t\"\xe9\x01\n\x12WatchTableResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12.\n\x06\x61\x63tors\x18\x02 \x03(\x0b\x32\x1e.moelastic.control.v1.Endpoint\x12-\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1c.moelastic.control.v1.Expert\x12+\n\x06models\x18\x04 \x03(\x0b\x32\x1b.moelastic.control.v1.Model\x12\x19\n\x11router_generation\x18\x05 \x01(\x04\x12\x1d\n\x15\x63ontroller_generation\x18\x06 \x01(\x04\"I\n\nExpertLoad\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\"\xa8\x01\n\nLinkHealth\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x10\n\x08\x65vidence\x18\x04 \x01(\t\x12\x14\n\x0coldest_age_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x65jected\x18\x06 \x01(\x08\x12\x11\n\tsuspected\x18\x07 \x01(\x08\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\"\xb9\x01\n\x0cWrongNumbers\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05layer\x18\x04 \x01(\r\x12\r\n\x05index\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\x0c\x12(\n\x04role\x18\x07 \x01(\x0e\x32\x1a.moelastic.control.v1.Role\x12\x0c\n\x04kind\x18\x08 \x01(\t\x12\r\n\x05\x63ount\x18\t \x01(\x04\"\x81\x02\n\x13ReportHealthRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x19\n\x11router_generation\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12/\n\x05links\x18\x04 \x03(\x0b\x32 .moelastic.control.v1.LinkHealth\x12/\n\x05loads\x18\x05 \x03(\x0b\x32 .moelastic.control.v1.ExpertLoad\x12\x10\n\x08window_s\x18\x06 \x01(\x01\x12\x39\n\rwrong_numbers\x18\x07 \x03(\x0b\x32\".moelastic.control.v1.WrongNumbers\"%\n\x14ReportHealthResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"2\n\x0c\x41pplyRequest\x12\x11\n\tspec_json\x18\x01 \x01(\t\x12\x0f\n\x07replace\x18\x02 \x01(\x08\";\n\rApplyResponse\x12\x15\n\rspec_revision\x18\x01 \x01(\x04\x12\x13\n\x0b\x64ifferences\x18\x02 \x03(\t\"\x19\n\x17GetClusterStatusRequest\"\x92\x01\n\nSlotStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\t\x12(\n\x04role\x18\x05 \x01(\x0e\x32\x1a.moelastic.control.v1.Role\x12\r\n\x05state\x18\x06 \x01(\t\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\"\xaa\x02\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x11\n\tnum_slots\x18\x07 \x01(\r\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x08 \x01(\x04\x12\x12\n\nused_bytes\x18\t \x01(\x04\x12/\n\x05slots\x18\n \x03(\x0b\x32 .moelastic.control.v1.SlotStatus\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x0f\n\x07since_s\x18\x0c \x01(\x01\x12\x0b\n\x03pid\x18\r \x01(\x05\x12\x16\n\x0e\x65xpanded_bytes\x18\x0e \x01(\x04\"n\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05\x61live\x18\x04 \x01(\x08\x12\x10\n\x08num_gpus\x18\x05 \x01(\x01\x12\x0f\n\x07since_s\x18\x06 \x01(\x01\"v\n\x0e\x44\x65\x63isionRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bunix_time_s\x18\x02 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"\x8c\x01\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\x05\"V\n\x0eImportProgress\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x12\n\nnum_wanted\x18\x04 \x01(\x04\"O\n\nExpertRate\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"\xd6\x04\n\x18GetClusterStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rspec_revision\x18\x04 \x01(\x04\x12\x1d\n\x15\x63ontroller_generation\x18\x05 \x01(\x04\x12\x16\n\x0eobserved_age_s\x18\x06 \x01(\x01\x12+\n\x06models\x18\x07 \x03(\x0b\x32\x1b.moelastic.control.v1.Model\x12\x31\n\x06\x61\x63tors\x18\x08 \x03(\x0b\x32!.moelastic.control.v1.ActorStatus\x12/\n\x05nodes\x18\t \x03(\x0b\x32 .moelastic.control.v1.NodeStatus\x12\x33\n\x07routers\x18\n \x03(\x0b\x32\".moelastic.control.v1.RouterStatus\x12\x37\n\tdecisions\x18\x0b \x03(\x0b\x32$.moelastic.control.v1.DecisionRecord\x12\x19\n\x11num_copies_wanted\x18\x0c \x01(\r\x12\x18\n\x10num_copies_ready\x18\r \x01(\r\x12\x0f\n\x07message\x18\x0e \x01(\t\x12\x35\n\x07imports\x18\x0f \x03(\x0b\x32$.moelastic.control.v1.ImportProgress\x12\x13\n\x0b\x64ifferences\x18\x10 \x03(\t\x12/\n\x05rates\x18\x11 \x03(\x0b\x32 .moelastic.control.v1.ExpertRate*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_REPLICA\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02\x32\x9f\x03\n\x0e\x43ontrolService\x12\x61\n\nWatchTable\x12\'.moelastic.control.v1.WatchTableRequest\x1a(.moelastic.control.v1.WatchTableResponse0\x01\x12\x65\n\x0cReportHealth\x12).moelastic.control.v1.ReportHealthRequest\x1a*.moelastic.control.v1.ReportHealthResponse\x12P\n\x05\x41pply\x12\".moelastic.control.v1.ApplyRequest\x1a#.moelastic.control.v1.ApplyResponse\x12q\n\x10GetClusterStatus\x12-.moelastic.control.v1.GetClusterStatusRequest\x1a..moelastic.control.v1.GetClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.moelastic.control.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2926
-  _globals['_ROLE']._serialized_end=2989
+  _globals['_ROLE']._serialized_start=3249
+  _globals['_ROLE']._serialized_end=3312
   _globals['_WATCHTABLEREQUEST']._serialized_start=67
   _globals['_WATCHTABLEREQUEST']._serialized_end=152
   _globals['_ENDPOINT']._serialized_start=154
@@ -42,39 +42,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERT']._serialized_start=347
   _globals['_EXPERT']._serialized_end=444
   _globals['_MODEL']._serialized_start=446
-  _globals['_MODEL']._serialized_end=527
-  _globals['_WATCHTABLERESPONSE']._serialized_start=530
-  _globals['_WATCHTABLERESPONSE']._serialized_end=763
-  _globals['_EXPERTLOAD']._serialized_start=765
-  _globals['_EXPERTLOAD']._serialized_end=838
-  _globals['_LINKHEALTH']._serialized_start=840
-  _globals['_LINKHEALTH']._serialized_end=949
-  _globals['_REPORTHEALTHREQUEST']._serialized_start=952
-  _globals['_REPORTHEALTHREQUEST']._serialized_end=1150
-  _globals['_REPORTHEALTHRESPONSE']._serialized_start=1152
-  _globals['_REPORTHEALTHRESPONSE']._serialized_end=1189
-  _globals['_APPLYREQUEST']._serialized_start=1191
-  _globals['_APPLYREQUEST']._serialized_end=1241
-  _globals['_APPLYRESPONSE']._serialized_start=1243
-  _globals['_APPLYRESPONSE']._serialized_end=1302
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1304
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1329
-  _globals['_SLOTSTATUS']._serialized_start=1332
-  _globals['_SLOTSTATUS']._serialized_end=1478
-  _globals['_ACTORSTATUS']._serialized_start=1481
-  _globals['_ACTORSTATUS']._serialized_end=1779
-  _globals['_NODESTATUS']._serialized_start=1781
-  _globals['_NODESTATUS']._serialized_end=1891
-  _globals['_DECISIONRECORD']._serialized_start=1893
-  _globals['_DECISIONRECORD']._serialized_end=2011
-  _globals['_ROUTERSTATUS']._serialized_start=2014
-  _globals['_ROUTERSTATUS']._serialized_end=2154
-  _globals['_IMPORTPROGRESS']._serialized_start=2156
-  _globals['_IMPORTPROGRESS']._serialized_end=2242
-  _globals['_EXPERTRATE']._serialized_start=2244
-  _globals['_EXPERTRATE']._serialized_end=2323
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=2326
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=2924
-  _globals['_CONTROLSERVICE']._serialized_start=2992
-  _globals['_CONTROLSERVICE']._serialized_end=3407
+  _globals['_MODEL']._serialized_end=543
+  _globals['_WATCHTABLERESPONSE']._serialized_start=546
+  _globals['_WATCHTABLERESPONSE']._serialized_end=779
+  _globals['_EXPERTLOAD']._serialized_start=781
+  _globals['_EXPERTLOAD']._serialized_end=854
+  _globals['_LINKHEALTH']._serialized_start=857
+  _globals['_LINKHEALTH']._serialized_end=1025
+  _globals['_WRONGNUMBERS']._serialized_start=1028
+  _globals['_WRONGNUMBERS']._serialized_end=1213
+  _globals['_REPORTHEALTHREQUEST']._serialized_start=1216
+  _globals['_REPORTHEALTHREQUEST']._serialized_end=1473
+  _globals['_REPORTHEALTHRESPONSE']._serialized_start=1475
+  _globals['_REPORTHEALTHRESPONSE']._serialized_end=1512
+  _globals['_APPLYREQUEST']._serialized_start=1514
+  _globals['_APPLYREQUEST']._serialized_end=1564
+  _globals['_APPLYRESPONSE']._serialized_start=1566
+  _globals['_APPLYRESPONSE']._serialized_end=1625
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1627
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1652
+  _globals['_SLOTSTATUS']._serialized_start=1655
+  _globals['_SLOTSTATUS']._serialized_end=1801
+  _globals['_ACTORSTATUS']._serialized_start=1804
+  _globals['_ACTORSTATUS']._serialized_end=2102
+  _globals['_NODESTATUS']._serialized_start=2104
+  _globals['_NODESTATUS']._serialized_end=2214
+  _globals['_DECISIONRECORD']._serialized_start=2216
+  _globals['_DECISIONRECORD']._serialized_end=2334
+  _globals['_ROUTERSTATUS']._serialized_start=2337
+  _globals['_ROUTERSTATUS']._serialized_end=2477
+  _globals['_IMPORTPROGRESS']._serialized_start=2479
+  _globals['_IMPORTPROGRESS']._serialized_end=2565
+  _globals['_EXPERTRATE']._serialized_start=2567
+  _globals['_EXPERTRATE']._serialized_end=2646
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=2649
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=3247
+  _globals['_CONTROLSERVICE']._serialized_start=3315
+  _globals['_CONTROLSERVICE']._serialized_end=3730
 # @@protoc_insertion_point(module_scope)

@@ -65,16 +65,18 @@ class Expert(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "manifest", "num_experts", "num_missing")
+    __slots__ = ("name", "manifest", "num_experts", "num_missing", "ladder")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     NUM_MISSING_FIELD_NUMBER: _ClassVar[int]
+    LADDER_FIELD_NUMBER: _ClassVar[int]
     name: str
     manifest: str
     num_experts: int
     num_missing: int
-    def __init__(self, name: _Optional[str] = ..., manifest: _Optional[str] = ..., num_experts: _Optional[int] = ..., num_missing: _Optional[int] = ...) -> None: ...
+    ladder: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., manifest: _Optional[str] = ..., num_experts: _Optional[int] = ..., num_missing: _Optional[int] = ..., ladder: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WatchTableResponse(_message.Message):
     __slots__ = ("epoch", "actors", "experts", "models", "router_generation", "controller_generation")
@@ -105,34 +107,64 @@ class ExpertLoad(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class LinkHealth(_message.Message):
-    __slots__ = ("actor_id", "generation", "connected", "evidence", "oldest_age_s")
+    __slots__ = ("actor_id", "generation", "connected", "evidence", "oldest_age_s", "ejected", "suspected", "queued_tokens")
     ACTOR_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     OLDEST_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EJECTED_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     actor_id: str
     generation: int
     connected: bool
     evidence: str
     oldest_age_s: float
-    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., connected: _Optional[bool] = ..., evidence: _Optional[str] = ..., oldest_age_s: _Optional[float] = ...) -> None: ...
+    ejected: bool
+    suspected: bool
+    queued_tokens: int
+    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., connected: _Optional[bool] = ..., evidence: _Optional[str] = ..., oldest_age_s: _Optional[float] = ..., ejected: _Optional[bool] = ..., suspected: _Optional[bool] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
+
+class WrongNumbers(_message.Message):
+    __slots__ = ("actor_id", "generation", "model", "layer", "index", "version", "role", "kind", "count")
+    ACTOR_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    actor_id: str
+    generation: int
+    model: str
+    layer: int
+    index: int
+    version: bytes
+    role: Role
+    kind: str
+    count: int
+    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., version: _Optional[bytes] = ..., role: _Optional[_Union[Role, str]] = ..., kind: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ReportHealthRequest(_message.Message):
-    __slots__ = ("router_id", "router_generation", "epoch", "links", "loads", "window_s")
+    __slots__ = ("router_id", "router_generation", "epoch", "links", "loads", "window_s", "wrong_numbers")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_GENERATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    WRONG_NUMBERS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     router_generation: int
     epoch: int
     links: _containers.RepeatedCompositeFieldContainer[LinkHealth]
     loads: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
     window_s: float
-    def __init__(self, router_id: _Optional[str] = ..., router_generation: _Optional[int] = ..., epoch: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkHealth, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., window_s: _Optional[float] = ...) -> None: ...
+    wrong_numbers: _containers.RepeatedCompositeFieldContainer[WrongNumbers]
+    def __init__(self, router_id: _Optional[str] = ..., router_generation: _Optional[int] = ..., epoch: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkHealth, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., window_s: _Optional[float] = ..., wrong_numbers: _Optional[_Iterable[_Union[WrongNumbers, _Mapping]]] = ...) -> None: ...
 
 class ReportHealthResponse(_message.Message):
     __slots__ = ("epoch",)
