@@ -9,12 +9,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
+BENCH_INSTALLED := $(VENV)/bench.stamp
 PYTEST_FLAGS ?= -q
 
 PROTOS := $(wildcard protos/moelastic/*/v1/*.proto)
 GENERATED := $(PROTOS:.proto=_pb2.py) $(PROTOS:.proto=_pb2.pyi) $(PROTOS:.proto=_pb2_grpc.py)
 
-.PHONY: help install demo test check protos clean
+.PHONY: help install demo bench test check chaos protos clean
 
 help: ## Show this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +24,12 @@ install: $(INSTALLED) ## Make .venv with everything that development needs; skip
 
 demo: $(INSTALLED) ## Start a local cluster, serve the shipped model on it, score and generate text, stop everything
 	$(BIN)/python -m examples.demo
+
+chaos: $(INSTALLED) ## Lose actors, GPUs and nodes under load, record what callers notice in docs/failover (REPETITIONS=n SCENARIOS="a b")
+	$(BIN)/python -m examples.failover --repetitions $(or $(REPETITIONS),0) $(SCENARIOS)
+
+bench: $(BENCH_INSTALLED) ## Measure ours beside its peers, everything that `moelastic bench` knows: up to 40 minutes, on a quiet machine
+	timeout 2400 $(BIN)/moelastic bench -- --full
 
 test: $(INSTALLED) ## Run every test a fresh machine can run
 	$(BIN)/pytest $(PYTEST_FLAGS)
@@ -44,6 +51,10 @@ protos: $(INSTALLED) ## Generate the code of protos/ again
 clean: ## Remove the environment, caches and results; end local clusters first with `moelastic down --local`
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $(BENCH_INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=...")'

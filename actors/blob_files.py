@@ -77,6 +77,11 @@ class BlobFiles:
             return False
         return True
 
+    def distrust(self, digest: str) -> None:
+        """Forget that a blob was verified: its next reader digests it again."""
+        if _DIGEST.fullmatch(digest) is not None:
+            self._path(digest + _MARKER_SUFFIX).unlink(missing_ok=True)
+
     def open(self, digest: str) -> StoredBlob:
         """Verify a blob, unless this very file was verified before, and map it. Raises NotFound, or CheckpointError when a byte is wrong."""
         with self._opened(digest) as file:

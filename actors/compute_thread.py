@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from actors.core.frames import Buffers, answer, plan_frame
+from actors.core.frames import Buffers, FramePlan, Outcome, answer, copy_of, plan_frame
 from actors.core.slots import Holding
 from actors.expert_layouts import ExpertWeights
-from actors.frame_forward import FrameForward
+from actors.frame_forward import Outcomes
 from cluster.core.ids import CopyId, Incarnation
-from cluster.core.link_frames import Forward, Result
+from cluster.core.link_frames import Forward, Result, SegmentStatus
 from cluster.telemetry.tracing import Span, Tracing
 
 Reply = Callable[[Result, Buffers], None]
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class PendingFrame:
-    """A frame that was taken. `holdings` and `weights` follow its segments (None: not held); `leases` are the copies it keeps from being let go."""
+    """A frame that was taken. `holdings` and `weights` follow its segments (None: not held); `leases` are the copies it keeps from being let go.
+
+    `condemned` are copies that turned out to be corrupt while it waited or was computed: nothing of theirs is sent.
+    """
 
     frame: Forward
     body: memoryview
@@ -33,6 +37,15 @@ class PendingFrame:
     arrived_s: float
     num_rows: int
     cancelled: set[int] = field(default_factory=set)
+    condemned: set[CopyId] = field(default_factory=set)
+
+
+class FrameRunner(Protocol):
+    """What computes planned frames; `actors.frame_forward.FrameForward` is one."""
+
+    def run(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
+        """The outcome of every planned segment, by position; `weights` by position."""
+        ...
 
 
 class ComputeThread:
@@ -40,7 +53,7 @@ class ComputeThread:
 
     def __init__(
         self,
-        forward: FrameForward,
+        forward: FrameRunner,
         *,
         incarnation: Incarnation,
         max_queued_frames: int,
@@ -93,6 +106,12 @@ class ComputeThread:
             for pending in self._waiting:
                 if pending.frame is frame:
                     pending.cancelled.update(segment_ids)
+
+    def condemn(self, copy: CopyId) -> None:
+        """A copy turned out to be corrupt: frames that wait and the one under way send nothing of it."""
+        with self._changed:
+            for pending in (*self._waiting, *([self._current] if self._current is not None else [])):
+                pending.condemned.add(copy)
 
     def progress(self) -> tuple[int, float, int]:
         """Frames done, age of the oldest unanswered frame in seconds (0 when idle), rows not answered yet."""
@@ -161,8 +180,16 @@ class ComputeThread:
         plan = plan_frame(pending.frame, pending.holdings, descriptors, waited_s=queue_s, cancelled=frozenset(pending.cancelled))
         held = {position: weights for position, weights in enumerate(pending.weights) if weights is not None}
         outcomes = self._forward.run(plan, pending.body, held)
+        if pending.condemned:
+            outcomes = self._without_condemned(pending, outcomes)
         compute_s = max(0.0, self._clock() - begun_s)
         return answer(plan, outcomes, self._incarnation, queue_s=queue_s, compute_s=compute_s)
+
+    def _without_condemned(self, pending: PendingFrame, outcomes: Outcomes) -> Outcomes:
+        with self._changed:
+            condemned = frozenset(pending.condemned)
+        wrong = Outcome(SegmentStatus.WRONG_NUMBERS, message="the copy's resident weights turned out to be corrupt; use another copy")
+        return {position: wrong if copy_of(pending.frame.segments[position]) in condemned else outcome for position, outcome in outcomes.items()}
 
 
 def _describe(span: Span, pending: PendingFrame, result: Result) -> None:

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from actors.core.memory import MeasuredMemory
+from actors.gpu_watch import device_name
 from cluster.core.errors import ConfigError
 
 STICKY_EXIT_CODE = 70
@@ -86,5 +87,9 @@ def self_test(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
 
 
 def device_label(device: torch.device) -> str:
-    """How reports and spans name the device."""
-    return "cpu" if device.type == "cpu" else str(device)
+    """How reports and spans name the device: a GPU by its UUID, where that can be read, for within the node each process counts its own from 0."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.cuda.is_available() and (uuid := getattr(torch.cuda.get_device_properties(device), "uuid", None)) is not None:
+        return device_name(str(uuid))
+    return str(device)

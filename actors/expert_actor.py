@@ -19,7 +19,8 @@ from actors.expert_store import ExpertStore
 from actors.link_server import LinkServer
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.errors import MoeError, NotReady
-from cluster.core.ids import CopyId
+from cluster.core.ids import CopyId, ExpertId, Role
+from cluster.core.link_frames import Warm, fault_token_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.status import ActorReport, CommandReply
 from cluster.telemetry.tracing import Tracing
@@ -27,6 +28,7 @@ from cluster.telemetry.tracing import Tracing
 if TYPE_CHECKING:
     from actors.core.slots import SizedCopy
     from actors.expert_runtime import ExpertRuntime
+    from actors.fault_port import FaultPort
 
 START_TIMEOUT_S = 60.0
 STOP_RESERVE_S = 0.5
@@ -40,6 +42,7 @@ class _Running:
     node_id: str
     host: str
     port: int
+    faults: FaultPort | None = None
 
 
 class ExpertActor:
@@ -76,16 +79,25 @@ class ExpertActor:
             max_tokens_per_frame=config.max_tokens_per_frame,
             frames_in_flight=config.frames_in_flight,
         )
-        runtime = await asyncio.to_thread(self._open_runtime, tracing, node_id, limits.max_links)
-        links = LinkServer(config.incarnation, self._link_key, limits, runtime.submit, runtime.progress, cancel=runtime.cancel)
+        runtime, faults = await asyncio.to_thread(self._open_runtime, tracing, node_id, limits.max_links)
+        links = LinkServer(
+            config.incarnation,
+            self._link_key,
+            limits,
+            runtime.submit if faults is None else faults.hinder_submit(runtime.submit),
+            runtime.progress,
+            cancel=runtime.cancel,
+            warm=lambda hint: runtime.warm(warmed_copy(hint)),
+            fault=None if faults is None else faults.answer,
+        )
         try:
             listening_host, port = await links.start(host)
         except BaseException:
             await asyncio.to_thread(runtime.stop, STOP_RESERVE_S)
             raise
-        return _Running(runtime, links, tracing, node_id, listening_host, port)
+        return _Running(runtime, links, tracing, node_id, listening_host, port, faults)
 
-    def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> ExpertRuntime:
+    def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> tuple[ExpertRuntime, FaultPort | None]:
         import torch
 
         from actors.device import choose_device
@@ -93,9 +105,19 @@ class ExpertActor:
 
         torch.set_num_threads(1)
         device = choose_device(self._config.device)
-        runtime = ExpertRuntime(self._config, self._store, device, max_links=max_links, tracing=tracing, node_id=node_id)
+        faults = self._open_faults() if self._config.chaos_allowed else None
+        hinder = None if faults is None else faults.hinder
+        runtime = ExpertRuntime(self._config, self._store, device, max_links=max_links, tracing=tracing, node_id=node_id, hinder=hinder)
+        if faults is not None:
+            faults.attach(runtime)
         runtime.start(START_TIMEOUT_S)
-        return runtime
+        return runtime, faults
+
+    def _open_faults(self) -> FaultPort:
+        from actors.fault_port import FaultPort
+
+        incarnation = self._config.incarnation
+        return FaultPort(incarnation, fault_token_of(self._link_key, incarnation))
 
     async def assume(self, copies: Sequence[CopyId], epoch: int) -> CommandReply:
         """Begin to load copies into free slots: all of them, or none with SLOTS_EXHAUSTED and both numbers. What is held already stays as it is."""
@@ -128,6 +150,8 @@ class ExpertActor:
             return
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
+        if running.faults is not None:
+            await asyncio.to_thread(running.faults.heal)
         await running.links.stop("the actor is stopping", max(0.0, timeout_s - STOP_RESERVE_S))
         await asyncio.to_thread(running.runtime.stop, max(STOP_RESERVE_S / 2, deadline_s - loop.time() - STOP_RESERVE_S / 2))
         with contextlib.suppress(TimeoutError):  # an exporter that hangs goes down with the process
@@ -180,6 +204,11 @@ def own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def warmed_copy(hint: Warm) -> CopyId:
+    """The shadow that a hint is about."""
+    return CopyId(ExpertId(hint.model, hint.layer, hint.index), hint.version.hex(), Role.SHADOW)
 
 
 def _refused(error: MoeError) -> CommandReply:

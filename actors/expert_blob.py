@@ -1,4 +1,4 @@
-"""One expert, gate or shadow as bytes: the file that the store keeps, whose SHA-256 is the expert's version.
+"""One expert, gate, shadow or dense fallback as bytes: the file that the store keeps, whose SHA-256 is the expert's version.
 
     magic "MOELBLB1" | header length u32 | header | zeros to 64 | tensors, each at a multiple of 64 from the first      little-endian, row-major
     header   canonical JSON {kind, descriptor, tensors: {name: {dtype, shape, offset}}}; offsets count from the first tensor
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from actors.core.codecs import PackedExpert, packed_layout
-from cluster.core.descriptors import CodecRecord, ExpertDescriptor, GateDescriptor
+from cluster.core.descriptors import CodecRecord, DenseDescriptor, ExpertDescriptor, GateDescriptor
 from cluster.core.errors import CheckpointError
 from cluster.registry.convert import NUMPY_DTYPES, gate_shapes
 
@@ -34,9 +34,11 @@ MAX_HEADER_BYTES = 64 << 10
 _PREFIX = struct.Struct("<8sI")
 
 Array = NDArray[Any]
-Kind = Literal["expert", "gate", "shadow"]
-Descriptor = ExpertDescriptor | GateDescriptor
+Kind = Literal["expert", "gate", "shadow", "dense"]
+Descriptor = ExpertDescriptor | GateDescriptor | DenseDescriptor
 Places = dict[str, dict[str, Any]]
+
+_DESCRIPTORS: Mapping[str, type[Descriptor]] = {"expert": ExpertDescriptor, "gate": GateDescriptor, "dense": DenseDescriptor, "shadow": ExpertDescriptor}
 
 # Bytes are the codes and small scales of shadows; no other kind may hold them.
 _BYTES = np.dtype(np.uint8)
@@ -71,7 +73,7 @@ class BlobHeader:
 
 def encode(descriptor: Descriptor, tensors: Mapping[str, Array]) -> tuple[bytes | memoryview, ...]:
     """The parts of a blob, to be written one after the other. The tensors must be of served float types; they are not copied when contiguous."""
-    kind = "expert" if isinstance(descriptor, ExpertDescriptor) else "gate"
+    kind = next(kind for kind, known in _DESCRIPTORS.items() if isinstance(descriptor, known))
     for tensor in tensors.values():
         if tensor.dtype == _BYTES:
             raise _cannot_store(tensor)
@@ -98,7 +100,7 @@ def _encode(header: dict[str, Any], tensors: Mapping[str, Array]) -> tuple[bytes
     return (_PREFIX.pack(MAGIC, len(text)), text, bytes(_aligned(before) - before), *parts)
 
 
-def _written(record: ExpertDescriptor | GateDescriptor | CodecRecord) -> dict[str, Any]:
+def _written(record: Descriptor | CodecRecord) -> dict[str, Any]:
     return record.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -127,7 +129,7 @@ def decode(blob: memoryview, name: str) -> BlobHeader:
     header = _parse(bytes(blob[_PREFIX.size : _PREFIX.size + length]), name)
     try:
         kind = _kind(header["kind"])
-        descriptor = (GateDescriptor if kind == "gate" else ExpertDescriptor).model_validate(header["descriptor"])
+        descriptor = _DESCRIPTORS[kind].model_validate(header["descriptor"])
         codec = CodecRecord.model_validate(header["codec"]) if kind == "shadow" else None
         primary = _digest(header["primary"]) if kind == "shadow" else ""
         start = _aligned(_PREFIX.size + length)
@@ -194,7 +196,7 @@ def _check_places(name: str, tensors: Mapping[str, TensorPlace], start: int, siz
 
 def _check_shapes(name: str, descriptor: Descriptor, codec: CodecRecord | None, tensors: Mapping[str, TensorPlace]) -> None:
     have = {key: spot.shape for key, spot in tensors.items()}
-    if isinstance(descriptor, ExpertDescriptor):
+    if not isinstance(descriptor, GateDescriptor):
         wanted_tensors = _expert_tensors(descriptor, codec)
         if {key: (spot.dtype, spot.shape) for key, spot in tensors.items()} != wanted_tensors:
             raise _lies(name, "its tensors are not those of its descriptor")
@@ -210,8 +212,8 @@ def _check_shapes(name: str, descriptor: Descriptor, codec: CodecRecord | None, 
         raise _lies(name, "its tensors are not those of its gate")
 
 
-def _expert_tensors(descriptor: ExpertDescriptor, codec: CodecRecord | None) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    if codec is None:
+def _expert_tensors(descriptor: ExpertDescriptor | DenseDescriptor, codec: CodecRecord | None) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    if codec is None or isinstance(descriptor, DenseDescriptor):
         return {key: (NUMPY_DTYPES[descriptor.dtype], shape) for key, shape in descriptor.tensor_shapes().items()}
     return {key: (tensor.dtype, tensor.shape) for key, tensor in packed_layout(descriptor, codec).items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -17,13 +17,18 @@ from torch import Tensor
 from torch.nn.functional import gelu, grouped_mm, linear, relu, silu
 
 from actors.blob_files import StoredBlob
+from actors.core.abft import BlockSums
 from actors.core.codecs import PackedExpert, decode
 from actors.expert_blob import Array
 from actors.expert_slabs import SlabPlace, Slabs
+from actors.product_watch import current_watcher
 from cluster.core.descriptors import DType, ExpertDescriptor
 from cluster.core.errors import CheckpointError
 
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""Rows [T, I] times a matrix [O, I]: [T, O]."""
 
 _SLABS = Slabs()
 # torch's grouped matmul wants every row and column stride to be a multiple of 16 bytes, and Ampere or newer.
@@ -34,13 +39,18 @@ _GROUPED_CAPABILITY = (8, 0)
 # Compared by identity, and weakly referable: its slab place is free again when it is gone.
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """One expert ready to compute. `private_bytes` are those that this process alone holds; weights mapped from the store have none."""
+    """One expert ready to compute. `private_bytes` are those that this process alone holds; weights mapped from the store have none.
+
+    `checksums` of its matrices and `digests` of all tensors are taken when it is loaded, by whoever checks them later.
+    """
 
     descriptor: ExpertDescriptor
     tensors: dict[str, Tensor]
     num_bytes: int
     private_bytes: int
     place: SlabPlace | None = None
+    checksums: dict[str, BlockSums] = field(default_factory=dict)
+    digests: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_weights(blob: StoredBlob, device: torch.device) -> ExpertWeights:
@@ -61,11 +71,11 @@ def load_weights(blob: StoredBlob, device: torch.device) -> ExpertWeights:
 
 
 @torch.no_grad()
-def expert_forward(x_TD: Tensor, weights: ExpertWeights) -> Tensor:
-    """One expert's output [T, D] for rows [T, D] of its own element type."""
+def expert_forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) -> Tensor:
+    """One expert's output [T, D] for rows [T, D] of its own element type; `multiply` takes rows and a matrix, as `linear` does."""
     first = "gate_up" if weights.descriptor.gated else "up"
-    hidden_TF = _activate(_linear(x_TD, weights.tensors, first), weights.descriptor)
-    return _linear(hidden_TF, weights.tensors, "down")
+    hidden_TF = _activate(_linear(x_TD, weights.tensors, first, multiply), weights.descriptor)
+    return _linear(hidden_TF, weights.tensors, "down", multiply)
 
 
 @torch.no_grad()
@@ -75,9 +85,7 @@ def grouped_forward(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequen
     On the CPU each segment equals `expert_forward` bit for bit. Experts of one CUDA slab share a grouped matmul where shapes allow.
     Raises ValueError when the segments are not exactly the rows.
     """
-    if len(weights) != len(rows) or sum(rows) != x_ND.shape[0]:
-        message = f"{len(weights)} experts and segments of {sum(rows)} rows do not make up {x_ND.shape[0]} rows"
-        raise ValueError(message)
+    check_segments(x_ND, weights, rows)
     if len(weights) == 1:
         return expert_forward(x_ND, weights[0])
     parts = _split(x_ND, rows)
@@ -90,6 +98,13 @@ def grouped_forward(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequen
         for member, output in zip(members, _split(grouped, [rows[member] for member in members]), strict=True):
             outputs[member] = output
     return torch.cat(outputs)
+
+
+def check_segments(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequence[int]) -> None:
+    """Raises ValueError when the segments are not exactly the rows."""
+    if len(weights) != len(rows) or sum(rows) != x_ND.shape[0]:
+        message = f"{len(weights)} experts and segments of {sum(rows)} rows do not make up {x_ND.shape[0]} rows"
+        raise ValueError(message)
 
 
 def _split(x_ND: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
@@ -107,8 +122,10 @@ def _activate(hidden: Tensor, descriptor: ExpertDescriptor) -> Tensor:
     return (up_TF + descriptor.swiglu_up_offset) * (gate_TF * torch.sigmoid(gate_TF * descriptor.swiglu_alpha))
 
 
-def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    output = linear(x, tensors[name])
+def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str, multiply: Multiply) -> Tensor:
+    output = multiply(x, tensors[name])
+    if (watcher := current_watcher()) is not None:
+        watcher(x, tensors[name], output)
     bias = tensors.get(f"{name}_bias")
     # Added on its own: a fused addition would round once less than the eager experts do.
     return output if bias is None else output + bias
@@ -170,6 +187,9 @@ def _slab_forward(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequence
 
     def project(x: Tensor, name: str) -> Tensor:
         output = grouped_mm(x, slab.tensors[name][first:stop].transpose(-2, -1), offs=ends_P)
+        if (watcher := current_watcher()) is not None:
+            for place, part, product in zip(places, _split(x, rows), _split(output, rows), strict=True):
+                watcher(part, slab.tensors[name][place.index], product)
         bias = slab.tensors.get(f"{name}_bias")
         return output if bias is None else output + bias[first:stop].repeat_interleave(counts_P, dim=0, output_size=x.shape[0])
 

@@ -1,4 +1,4 @@
-"""Everything of an expert actor that is not its front: slots with their bytes, one loader thread, one compute thread, one that expands shadows.
+"""Everything of an expert actor that is not its front: slots with their bytes, and threads that load, compute, expand shadows, read weights again.
 
 Callable from any thread. The runtime's lock is never taken while the workspace's is held.
 """
@@ -13,13 +13,15 @@ from functools import partial
 import torch
 
 from actors.blob_files import StoredBlob
-from actors.compute_thread import ComputeThread, PendingFrame, Reply
+from actors.compute_thread import ComputeThread, FrameRunner, PendingFrame, Reply
 from actors.copy_loader import BlobSource, CopyLoader, Loaded
+from actors.core.abft import WRONG_WEIGHTS, block_sums
 from actors.core.frames import copy_of, refuse_frame, refuse_segments
 from actors.core.memory import capacity_bytes
 from actors.core.slots import (
     AssumeReceived,
     CancelLoad,
+    CopyCorrupted,
     CopyFailed,
     CopyLoaded,
     DrainReceived,
@@ -35,11 +37,14 @@ from actors.core.slots import (
     SlotTable,
 )
 from actors.device import device_label, measure_memory, self_test
-from actors.expert_layouts import ExpertWeights, grouped_forward, load_weights
+from actors.expert_layouts import ExpertWeights, load_weights
+from actors.frame_audit import FrameSampler
 from actors.frame_forward import FrameForward, GroupedForward, leave_process
 from actors.link_server import Progress
+from actors.redigest import Redigester, Resident, digests_of, resident_of
 from actors.shadow_workspace import Expanded, ShadowWorkspace
 from actors.staging import open_staging
+from actors.widened_forward import forward_of
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.ids import CopyId, Role
 from cluster.core.link_frames import Forward, SegmentStatus
@@ -56,20 +61,24 @@ class ExpertRuntime:
         source: BlobSource,
         device: torch.device,
         *,
-        forward: GroupedForward = grouped_forward,
+        forward: GroupedForward | None = None,
         load: Callable[[StoredBlob, torch.device], ExpertWeights] = load_weights,
         max_links: int = 64,
         tracing: Tracing | None = None,
         node_id: str = "",
         clock: Callable[[], float] = time.monotonic,
         on_sticky: Callable[[BaseException], None] = leave_process,
+        hinder: Callable[[FrameRunner], FrameRunner] | None = None,
     ) -> None:
+        """`hinder` may put something between the compute thread and its forward: the fault port does, where chaos is allowed."""
         self._config = config
         self._staging = open_staging(device)
+        forward = forward or forward_of(config.layout, device, deterministic=config.deterministic)
         self._clock = clock
+        self._load = load
         self._lock = threading.Lock()
         self._weights: dict[CopyId, ExpertWeights] = {}
-        self._loaded: dict[int, Loaded] = {}
+        self._loaded: dict[int, Resident] = {}
         self._expanding: list[PendingFrame] = []
         max_queued_frames = config.frames_in_flight * max_links
         capacity = capacity_bytes(
@@ -77,8 +86,10 @@ class ExpertRuntime:
         )
         self._table = SlotTable(num_slots=config.num_slots, capacity_bytes=capacity)
         labels: dict[str, str | int] = {"actor_id": config.actor_id, "generation": config.generation, "device": self.device_label, "node_id": node_id}
+        sampler = FrameSampler(config.abft_fraction, config.generation) if config.abft_fraction > 0 else None
+        runner = FrameForward(self._staging, forward, on_sticky, sampler=sampler, on_wrong=self._on_wrong)
         self._compute = ComputeThread(
-            FrameForward(self._staging, forward, on_sticky),
+            runner if hinder is None else hinder(runner),
             incarnation=config.incarnation,
             max_queued_frames=max_queued_frames,
             clock=clock,
@@ -92,14 +103,19 @@ class ExpertRuntime:
             source,
             staging=lambda: open_staging(device),
             forward=forward,
-            load=load,
+            load=self._load_checked,
             on_loaded=self._on_loaded,
             on_failed=self._on_failed,
             on_sticky=on_sticky,
         )
         self._workspace = ShadowWorkspace(
-            max_experts=config.expanded_max, max_waiting=max_queued_frames, staging=lambda: open_staging(device), expand=load, on_sticky=on_sticky
+            max_experts=config.expanded_max,
+            max_waiting=max_queued_frames,
+            staging=lambda: open_staging(device),
+            expand=self._load_checked,
+            on_sticky=on_sticky,
         )
+        self._redigester = Redigester(config.redigest_s, staging=lambda: open_staging(device), on_changed=self._on_changed)
 
     @property
     def device_label(self) -> str:
@@ -111,6 +127,7 @@ class ExpertRuntime:
         self._compute.start(timeout_s)
         self._loader.start()
         self._workspace.start()
+        self._redigester.start()
 
     def assume(self, copies: Iterable[SizedCopy], epoch: int) -> None:
         """Begin to hold copies. Raises StaleTable, or SlotsExhausted with both numbers; then nothing has changed."""
@@ -158,6 +175,24 @@ class ExpertRuntime:
                     pending.cancelled.update(segment_ids)
         self._compute.cancel(frame, segment_ids)
 
+    def warm(self, copy: CopyId) -> None:
+        """Expand a shadow that rows are likely for, off the compute thread; nothing for a copy that is not held or needs no expansion."""
+        self._workspace.warm(copy)
+
+    def replicas(self) -> list[CopyId]:
+        """Every replica that is held, in order."""
+        with self._lock:
+            return sorted(self._weights)
+
+    def exchange(self, copy: CopyId, change: Callable[[ExpertWeights], ExpertWeights]) -> bool:
+        """Answer with other weights for a held replica from now on; frames under way keep theirs. For faults. False when it is not held."""
+        with self._lock:
+            if copy not in self._weights:
+                return False
+            self._weights[copy] = changed = change(self._weights[copy])
+            self._redigester.keep(resident_of(copy, changed))
+            return True
+
     def _admit(self, frame: Forward, body: memoryview, reply: Reply, num_rows: int) -> PendingFrame:
         copies = [copy_of(segment) for segment in frame.segments]
         with self._lock:
@@ -192,8 +227,13 @@ class ExpertRuntime:
         self._handle(SegmentsEnded(pending.leases))
 
     def progress(self) -> Progress:
-        """How far the compute thread is, and whether a copy is on its way or being expanded."""
-        return Progress(*self._compute.progress(), self._loader.is_busy or self._workspace.is_busy)
+        """How far the compute thread is, with frames that wait for an expansion, and whether a copy is on its way or being expanded."""
+        frames_done, oldest_age_s, queued_rows = self._compute.progress()
+        with self._lock:
+            for pending in self._expanding:
+                oldest_age_s = max(oldest_age_s, self._clock() - pending.arrived_s)
+                queued_rows += pending.num_rows
+        return Progress(frames_done, oldest_age_s, queued_rows, self._loader.is_busy or self._workspace.is_busy)
 
     def slots(self) -> tuple[SlotReport, ...]:
         """Every slot in use."""
@@ -227,16 +267,41 @@ class ExpertRuntime:
         deadline_s = self._clock() + timeout_s
         is_loader_done = self._loader.stop(timeout_s)
         is_workspace_done = self._workspace.stop(max(0.0, deadline_s - self._clock()))
-        return self._compute.stop(max(0.0, deadline_s - self._clock())) and is_loader_done and is_workspace_done
+        is_redigester_done = self._redigester.stop(max(0.0, deadline_s - self._clock()))
+        return self._compute.stop(max(0.0, deadline_s - self._clock())) and is_loader_done and is_workspace_done and is_redigester_done
 
     def _prepare(self) -> None:
         torch.set_num_threads(1)
         with self._staging.scope():
             self_test(self._staging.device)
 
-    def _on_loaded(self, ticket: int, copy: CopyId, loaded: Loaded) -> None:
+    def _load_checked(self, blob: StoredBlob, device: torch.device) -> ExpertWeights:
+        """Weights with what is needed to check them later, taken while they are known to be right."""
+        weights = self._load(blob, device)
+        weights.digests.update(digests_of(weights.tensors))
+        if self._config.abft_fraction > 0:
+            weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items() if tensor.dim() > 1})
+        return weights
+
+    def _on_wrong(self, weights: ExpertWeights) -> None:
+        """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again."""
+        self._redigester.suspect(weights)
+        self._workspace.discard(weights)
+
+    def _on_changed(self, resident: Resident) -> None:
+        """Resident weights are corrupt: nothing of this copy is answered any more, and the slot says why."""
         with self._lock:
-            self._loaded[ticket] = loaded
+            if not self._redigester.is_kept(resident):
+                return
+            for pending in self._expanding:
+                pending.condemned.add(resident.copy)
+            self._compute.condemn(resident.copy)
+            self._apply(self._table.handle(CopyCorrupted(resident.copy, f"REPLICA_CORRUPT: {WRONG_WEIGHTS}")))
+
+    def _on_loaded(self, ticket: int, copy: CopyId, loaded: Loaded) -> None:
+        resident = resident_of(copy, loaded)
+        with self._lock:
+            self._loaded[ticket] = resident
             self._apply(self._table.handle(CopyLoaded(ticket, copy, _held_bytes(loaded))))
             self._loaded.pop(ticket, None)
 
@@ -257,14 +322,16 @@ class ExpertRuntime:
                 case KeepWeights(ticket, copy):
                     self._keep(copy, self._loaded.pop(ticket))
                 case DropWeights(copy):
+                    self._redigester.drop(copy)
                     if self._weights.pop(copy, None) is None:
                         self._workspace.drop(copy)
 
-    def _keep(self, copy: CopyId, loaded: Loaded) -> None:
-        if isinstance(loaded, ExpertWeights):
-            self._weights[copy] = loaded
+    def _keep(self, copy: CopyId, resident: Resident) -> None:
+        self._redigester.keep(resident)
+        if isinstance(resident.loaded, ExpertWeights):
+            self._weights[copy] = resident.loaded
         else:
-            self._workspace.hold(copy, loaded)
+            self._workspace.hold(copy, resident.loaded)
 
 
 def _shadows(pending: PendingFrame) -> list[CopyId]:

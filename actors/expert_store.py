@@ -4,11 +4,14 @@ A checkpoint is read while it is imported and never again; each expert and gate 
 (`blob_files`, `expert_blob`). A manifest says which digests make a model:
 
     ROOT/manifests/<sha256>.json   canonical JSON of a Manifest
+
+A ladder file beside the checkpoint (`cluster.registry.ladder_file`) is imported with it: its fallbacks and shadows become blobs too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +21,14 @@ from pydantic import ValidationError
 
 from actors.blob_files import BlobFiles, Parts, StoredBlob, write_all
 from actors.expert_blob import Array, digest_of, encode
+from actors.ladder_blobs import LadderBlobs
 from actors.shadow_making import make_shadows, remake_shadow
 from cluster.core.descriptors import DType, LayerDescriptor, Manifest, ModelDescriptor
 from cluster.core.errors import CheckpointError, NotFound
 from cluster.core.ids import ExpertId
 from cluster.core.spec import ShadowSpec
 from cluster.registry.checkpoint import MANIFEST_FILE, Checkpoint
+from cluster.registry.ladder_file import LADDER_FILE, Ladder
 from cluster.registry.tensor_files import read_json
 
 __all__ = ["ExpertStore", "StoredBlob", "write_manifest"]
@@ -52,7 +57,8 @@ class ExpertStore:
     ) -> Manifest:
         """Read a whole checkpoint into the store, one expert at a time, and say what it holds. `progress(done, total)` counts blobs.
 
-        With `shadow`, shadows are planned and made of the experts as stored, and listed in the manifest; each counts as a blob more.
+        With `shadow`, shadows are planned and made of the experts as stored, and listed in the manifest; each counts as a blob more. What a ladder file
+        beside the checkpoint offers is taken: fallbacks, shadows, and the damage that each codec does.
         Raises CheckpointError, naming the expert or gate, when something is missing, damaged or differs from `expected` or from a manifest that the
         checkpoint ships; ConfigError when there is no room.
         """
@@ -65,11 +71,13 @@ class ExpertStore:
                 references.append(_Reference(expected, "the expected manifest", checkpoint))
             num_shadows = 0 if shadow is None else sum(entry.num_experts for entry in model.layers)
             manifest = _digest_model(checkpoint, model, references, self._blobs.put, progress, num_more=num_shadows)
-        if shadow is not None:
-            num_blobs = len(manifest.experts) + len(manifest.gates)
-            told = progress and partial(_report_later, progress, num_blobs, num_blobs + num_shadows)
-            made = make_shadows(manifest, shadow, lambda expert: self._primary(manifest, expert), self._blobs.put, told or (lambda _done: None))
-            manifest = manifest.model_copy(update={"shadows": made})
+        with _opened_ladder(source, manifest) as ladder:
+            if shadow is not None:
+                num_blobs = len(manifest.experts) + len(manifest.gates)
+                told = progress and partial(_report_later, progress, num_blobs, num_blobs + num_shadows)
+                made = make_shadows(manifest, shadow, partial(self._primary, manifest), self._blobs.put, told or (lambda _done: None), ladder)
+                manifest = manifest.model_copy(update={"shadows": made})
+            manifest = manifest.model_copy(update={"ladder": self._put_fallbacks(ladder)})
         self.put_manifest(manifest)
         return manifest
 
@@ -82,7 +90,7 @@ class ExpertStore:
         shadows: Collection[tuple[int, int]] = (),
         progress: Progress | None = None,
     ) -> None:
-        """Make sure that these experts ((layer, index)), these experts' shadows and all gates of a manifest lie verified in the store.
+        """Make sure that these experts ((layer, index)), these experts' shadows, all gates and all fallbacks of a manifest lie verified in the store.
 
         What is there is neither read nor made again. Raises CheckpointError, naming the expert, when the source no longer has the bytes of the
         manifest, or a shadow does not come out as listed; NotFound for a place it does not list.
@@ -94,18 +102,29 @@ class ExpertStore:
         names = [ExpertId(manifest.model.name, layer, index) for layer, index in sorted(set(shadows))]
         missing += [expert for expert in names if not self._blobs.is_whole(manifest.shadows[f"{expert.layer}/{expert.index}"].version)]
         num_wanted = len(wanted) + len(names)
-        if missing:
-            with Checkpoint.open(source) as checkpoint:
+        lacks_fallbacks = not all(self._blobs.is_whole(digest) for digest in manifest.ladder.values())
+        if missing or lacks_fallbacks:
+            with Checkpoint.open(source) as checkpoint, _opened_ladder(source, manifest) as ladder:
                 reference = _Reference(manifest, "the manifest", checkpoint)
                 for done, one in enumerate(missing, start=num_wanted - len(missing)):
                     _report(progress, done, num_wanted)
                     if isinstance(one, _Place):
                         self._blobs.put(*_checked(checkpoint, manifest, reference, one))
                     else:
-                        shadow = remake_shadow(manifest, one, self._primary(manifest, one, checkpoint, reference))
+                        shadow = remake_shadow(manifest, one, partial(self._primary, manifest, checkpoint=checkpoint, reference=reference), ladder)
                         self._blobs.put(shadow.digest, shadow.parts)
+                if lacks_fallbacks:
+                    _refuse_other_ladder(manifest, self._put_fallbacks(ladder))
         _report(progress, num_wanted, num_wanted)
         self.put_manifest(manifest)
+
+    def _put_fallbacks(self, ladder: LadderBlobs | None) -> dict[str, str]:
+        """Keep every fallback of a ladder; their digests as a manifest lists them."""
+        listed = {}
+        for blob in () if ladder is None else ladder.fallbacks():
+            self._blobs.put(blob.digest, blob.parts)
+            listed[blob.key] = blob.digest
+        return listed
 
     def _primary(self, manifest: Manifest, expert: ExpertId, checkpoint: Checkpoint | None = None, reference: _Reference | None = None) -> Mapping[str, Array]:
         """An expert's tensors: as stored here, else from the checkpoint, verified; a node that holds only the shadow does not keep them."""
@@ -145,6 +164,10 @@ class ExpertStore:
     def has(self, digest: str) -> bool:
         """Whether a blob of this name is there; whether its bytes are right is `open`'s to say."""
         return self._blobs.has(digest)
+
+    def distrust(self, digest: str) -> None:
+        """Have a blob digested again before it is opened next; nothing happens when there is none."""
+        self._blobs.distrust(digest)
 
     def num_bytes(self, digest: str) -> int:
         """Size of a blob in bytes, before anybody reads it. Raises NotFound."""
@@ -247,6 +270,23 @@ def _encode(checkpoint: Checkpoint, model: ModelDescriptor, place: _Place) -> Pa
     if place.index is None:
         return encode(entry.gate, checkpoint.gate(place.layer, model.dtype))
     return encode(entry.expert, checkpoint.expert(place.layer, place.index, model.dtype))
+
+
+@contextmanager
+def _opened_ladder(source: Path, manifest: Manifest) -> Iterator[LadderBlobs | None]:
+    """What the ladder file beside a checkpoint offers to this model; None where there is no such file."""
+    ladder = Ladder.find(source)
+    if ladder is None:
+        yield None
+        return
+    with ladder:
+        yield LadderBlobs(ladder, manifest)
+
+
+def _refuse_other_ladder(manifest: Manifest, found: Mapping[str, str]) -> None:
+    if found != manifest.ladder:
+        message = f"{LADDER_FILE} of the source is not the one that the manifest of {manifest.model.name} was made with; give every node the same folder"
+        raise CheckpointError(message)
 
 
 def _refuse_unlisted(manifest: Manifest, experts: Collection[tuple[int, int]], shadows: Collection[tuple[int, int]]) -> None:

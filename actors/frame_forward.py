@@ -15,6 +15,8 @@ import torch
 from actors.core.frames import FramePlan, Group, Outcome, merge_outcomes
 from actors.device import STICKY_EXIT_CODE, ErrorKind, error_kind
 from actors.expert_layouts import ExpertWeights, grouped_forward
+from actors.frame_audit import Audit, FrameSampler
+from actors.product_watch import watching
 from actors.staging import Staging
 from cluster.core.link_frames import SegmentStatus
 
@@ -32,15 +34,44 @@ def leave_process(error: BaseException) -> None:
 class FrameForward:
     """The forward of one compute thread."""
 
-    def __init__(self, staging: Staging, forward: GroupedForward = grouped_forward, on_sticky: Callable[[BaseException], None] = leave_process) -> None:
+    def __init__(
+        self,
+        staging: Staging,
+        forward: GroupedForward = grouped_forward,
+        on_sticky: Callable[[BaseException], None] = leave_process,
+        *,
+        sampler: FrameSampler | None = None,
+        on_wrong: Callable[[ExpertWeights], None] = lambda _weights: None,
+    ) -> None:
+        """Frames that `sampler` picks are audited; `on_wrong` is told whose matrix products failed."""
         self._staging = staging
         self._forward = forward
         self._on_sticky = on_sticky
+        self._sampler = sampler
+        self._on_wrong = on_wrong
 
     def run(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
         """The outcome of every planned segment, by position; `weights` by position. Raises nothing that a segment did."""
+        audit = self._sampler.audit(weights.values()) if self._sampler is not None else None
+        if audit is None:
+            return self._run_all(plan, body, weights)
+        with watching(audit):
+            outcomes = self._run_all(plan, body, weights)
+        return self._judged(outcomes, weights, audit) if audit.faults else outcomes
+
+    def _run_all(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
         with self._staging.scope(), torch.inference_mode():
             return merge_outcomes(self._run(group, body, weights, may_split=True) for group in plan.groups)
+
+    def _judged(self, outcomes: Outcomes, weights: Mapping[int, ExpertWeights], audit: Audit) -> Outcomes:
+        """Rows whose checksums failed are not sent."""
+        for expert in audit.faults:
+            self._on_wrong(expert)
+        faults = {position: audit.faults.get(weights[position]) for position in outcomes}
+        return {
+            position: outcome if (fault := faults[position]) is None else Outcome(SegmentStatus.WRONG_NUMBERS, message=fault)
+            for position, outcome in outcomes.items()
+        }
 
     def _run(self, group: Group, body: memoryview, weights: Mapping[int, ExpertWeights], *, may_split: bool) -> Outcomes:
         try:

@@ -19,6 +19,8 @@ from cluster.core.ids import Incarnation
 from cluster.core.link_frames import (
     NONCE_BYTES,
     Cancel,
+    Fault,
+    FaultReply,
     Forward,
     Frame,
     FrameStatus,
@@ -30,6 +32,7 @@ from cluster.core.link_frames import (
     Result,
     SegmentResult,
     SegmentStatus,
+    Warm,
 )
 from cluster.core.link_handshake import ActorSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
@@ -57,7 +60,8 @@ class LinkServer:
 
     `submit(frame, body, reply)` hands a frame to the compute thread; it must not block. `reply(result, buffers)` may be called from any thread, once.
     `body` and `buffers` (which may alias it) belong to the link again after that call. `cancel(frame, segment_ids)` says that nobody waits any more;
-    the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED.
+    the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED. `warm(hint)` must not block;
+    `fault(frame)` may: it runs in a thread of its own. Without it every fault frame is refused.
     """
 
     def __init__(
@@ -69,12 +73,16 @@ class LinkServer:
         progress: Callable[[], tuple[int, float, int] | Progress],
         *,
         cancel: Callable[[Forward, tuple[int, ...]], None] | None = None,
+        warm: Callable[[Warm], None] | None = None,
+        fault: Callable[[Fault], FaultReply] | None = None,
     ) -> None:
         self.incarnation = incarnation
         self.limits = limits
         self.submit = submit
         self.progress = progress
         self.cancel = cancel
+        self.warm = warm
+        self.fault = fault
         self.is_draining = False
         self.num_faults = 0
         self._link_key = link_key
@@ -192,6 +200,7 @@ class _ServerLink:
         self._in_flight: set[int] = set()
         self._unanswered: dict[int, Forward] = {}
         self._is_leaving = False
+        self._faulting: asyncio.Task[None] | None = None
         self._pool = BodyPool(num_kept=limits.frames_in_flight)
         self.stream = FrameStream(
             sock,
@@ -229,6 +238,11 @@ class _ServerLink:
                 self.stream.send(Pong(frame.sequence, self._server.incarnation.generation, *progress))
             case Cancel():
                 self._on_cancel(frame)
+            case Warm():
+                if self._server.warm is not None:
+                    self._server.warm(frame)
+            case Fault():
+                self._on_fault(frame)
             case Goodbye():
                 self._is_leaving = True
                 self._leave_when_idle()
@@ -313,6 +327,24 @@ class _ServerLink:
         frame = self._unanswered.get(cancel.frame_id)
         if frame is not None and self._server.cancel is not None:
             self._server.cancel(frame, cancel.segment_ids)
+
+    def _on_fault(self, frame: Fault) -> None:
+        play = self._server.fault
+        if play is None:
+            self.stream.send(FaultReply(ok=False, message="CHAOS_REFUSED: this actor plays no faults; deploy a spec with `chaos: allowed`"))
+        elif self._faulting is not None:
+            self.stream.send(FaultReply(ok=False, message="OVERLOADED: a fault of this link is being applied; wait for its reply"))
+        else:
+            self._faulting = self._loop.create_task(self._play(play, frame), name="link-fault")
+
+    async def _play(self, play: Callable[[Fault], FaultReply], frame: Fault) -> None:
+        try:
+            reply = await asyncio.to_thread(play, frame)
+        except Exception as error:  # noqa: BLE001  (whatever a fault does to the port, its sender gets an answer)
+            _log.exception("a fault could not be played")
+            reply = FaultReply(ok=False, message=f"FAULTED: {type(error).__name__}")
+        self._faulting = None
+        self.stream.send(reply)
 
     def _leave_when_idle(self) -> None:
         if self._is_leaving and not self._in_flight:

@@ -1,4 +1,4 @@
-"""One small process per node, without torch: fills the node's expert store, ends processes by (pid, start time), reads the GPUs.
+"""One small process per node, without torch: fills the node's expert store, ends processes by (pid, start time), reads and watches the GPUs.
 
 Anything that blocks runs in a thread, so that a kill never waits for an import.
 """
@@ -18,6 +18,7 @@ from typing import Literal
 import psutil
 
 from actors.expert_store import ExpertStore
+from actors.gpu_watch import GpuWatch
 from cluster.core.descriptors import DType, Manifest
 from cluster.core.errors import CheckpointError, InvalidRequest, MoeError
 from cluster.core.spec import ShadowSpec
@@ -45,6 +46,7 @@ class NodeAgent:
         self._store = ExpertStore(Path(store_dir), max_bytes=max_bytes)
         self._importing = asyncio.Lock()
         self._progress: dict[str, tuple[int, int]] = {}
+        self._watch: GpuWatch | None = None
 
     async def import_model(self, *, name: str, source: str, dtype: str, expected: str | None = None, shadow: str | None = None) -> CommandReply:
         """Read a checkpoint into the store; `value` is the manifest as JSON. `expected` is a manifest as JSON that it must equal.
@@ -61,14 +63,27 @@ class NodeAgent:
 
         return await self._import(name, source, work)
 
-    async def import_experts(self, *, manifest: str, source: str, experts: Sequence[tuple[int, int]], shadows: Sequence[tuple[int, int]] = ()) -> CommandReply:
-        """Bring these experts ((layer, index)), these shadows and all gates of a manifest (JSON) into the store, with the digests that it names."""
+    async def import_experts(
+        self,
+        *,
+        manifest: str,
+        source: str,
+        experts: Sequence[tuple[int, int]],
+        shadows: Sequence[tuple[int, int]] = (),
+        distrusted: Sequence[str] = (),
+    ) -> CommandReply:
+        """Bring these experts ((layer, index)), these shadows and all gates of a manifest (JSON) into the store, with the digests that it names.
+
+        Blobs of the `distrusted` digests are read and digested again, also if that was done before.
+        """
         try:
             known = Manifest.model_validate_json(manifest)
         except ValueError as error:
             return _unreadable(error)
 
         def work(progress: Progress) -> str:
+            for digest in distrusted:
+                self._store.distrust(digest)
             places, shadowed = ([(layer, index) for layer, index in given] for given in (experts, shadows))
             self._store.import_experts(Path(source), manifest=known, experts=places, shadows=shadowed, progress=progress)
             return ""
@@ -99,6 +114,13 @@ class NodeAgent:
         """SIGKILL the process of this pid that started then; False when there is none: a pid that was given to another process is left alone."""
         return kill_process(pid, process_start_s)
 
+    async def gpu_faults(self) -> str:
+        """What the driver told of this node's GPUs since this agent first was asked, as a JSON list of GpuFault; none where there is no NVML."""
+        if self._watch is None:
+            self._watch = GpuWatch(_pynvml())
+            self._watch.start()
+        return json.dumps([asdict(fault) for fault in self._watch.faults()])
+
     async def gpus(self) -> str:
         """The node's GPUs as a JSON list of GpuReading; empty where there is no NVML."""
         return json.dumps([asdict(reading) for reading in await asyncio.to_thread(read_gpus)])
@@ -125,12 +147,20 @@ def kill_process(pid: int, process_start_s: float) -> bool:
 
 def read_gpus() -> list[GpuReading]:
     """Read every GPU once; empty where the driver or its library is missing."""
-    try:
-        import pynvml
-    except ImportError:
+    pynvml = _pynvml()
+    if pynvml is None:
         return []
     with _nvml(pynvml) as is_open:
         return [_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())] if is_open else []
+
+
+def _pynvml() -> ModuleType | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    module: ModuleType = pynvml
+    return module
 
 
 @contextlib.contextmanager

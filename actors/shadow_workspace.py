@@ -52,6 +52,7 @@ class ShadowWorkspace:
         self._expanded: OrderedDict[CopyId, ExpertWeights] = OrderedDict()
         self._in_use: Counter[CopyId] = Counter()
         self._waiting: deque[_Request] = deque()
+        self._hinted: OrderedDict[CopyId, None] = OrderedDict()
         self._is_expanding = False
         self._is_stopping = False
         self._thread = threading.Thread(target=self._main, name="shadow-workspace", daemon=True)
@@ -70,6 +71,7 @@ class ShadowWorkspace:
         with self._changed:
             del self._packed[copy]
             self._expanded.pop(copy, None)
+            self._hinted.pop(copy, None)
 
     def take(self, copies: Sequence[CopyId], ready: Callable[[Expanded], None]) -> bool:
         """Call `ready` once these held shadows are expanded: now when they are, else from the workspace's thread. One that cannot be is left out.
@@ -88,6 +90,25 @@ class ShadowWorkspace:
             found = self._found(copies)
         ready(found)
         return True
+
+    def warm(self, copy: CopyId) -> bool:
+        """Expand a shadow that is likely to be asked for soon, when nobody waits. False, and nothing is done, for one that is not held packed here.
+
+        At most as many hints wait as the workspace has room for: more would only throw each other out.
+        """
+        with self._changed:
+            is_wanted = copy in self._packed and copy not in self._expanded and copy not in self._hinted
+            if not is_wanted or self._is_stopping or len(self._hinted) >= self._max_experts:
+                return False
+            self._hinted[copy] = None
+            self._changed.notify_all()
+            return True
+
+    def discard(self, weights: ExpertWeights) -> None:
+        """Forget these expanded weights, which came out wrong: they are expanded again when they are next asked for."""
+        with self._changed:
+            for copy in [copy for copy, expanded in self._expanded.items() if expanded is weights]:
+                del self._expanded[copy]
 
     def give_back(self, copies: Sequence[CopyId]) -> None:
         """What was taken is not used any more."""
@@ -108,7 +129,7 @@ class ShadowWorkspace:
     def is_busy(self) -> bool:
         """Whether an expansion waits or is under way."""
         with self._changed:
-            return self._is_expanding or bool(self._waiting)
+            return self._is_expanding or bool(self._waiting) or bool(self._hinted)
 
     def stop(self, timeout_s: float) -> bool:
         """Take no more, serve who waits, end. False when the thread is still busy at the limit."""
@@ -142,11 +163,16 @@ class ShadowWorkspace:
 
     def _next(self) -> _Request | None:
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._is_stopping)
-            if not self._waiting:
+            self._changed.wait_for(lambda: bool(self._waiting) or bool(self._hinted) or self._is_stopping)
+            if self._waiting:
+                self._is_expanding = True
+                return self._waiting.popleft()
+            if self._is_stopping:
                 return None
             self._is_expanding = True
-            return self._waiting.popleft()
+            copy, _ = self._hinted.popitem(last=False)
+            self._in_use[copy] += 1
+            return _Request((copy,), lambda _found: self.give_back([copy]))
 
     def _provide(self, copy: CopyId, staging: Staging) -> None:
         with self._changed:
@@ -163,8 +189,10 @@ class ShadowWorkspace:
             staging.free()
             return
         with self._changed:
-            self._expanded[copy] = weights
-            self._trim()
+            # A hint takes no lease: the slot may have been freed meanwhile.
+            if self._packed.get(copy) is packed:
+                self._expanded[copy] = weights
+                self._trim()
 
     def _found(self, copies: Sequence[CopyId]) -> Expanded:
         found = {copy: self._expanded[copy] for copy in copies if copy in self._expanded}

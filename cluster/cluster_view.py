@@ -57,8 +57,11 @@ def status_message(controller: Controller) -> pb.GetClusterStatusResponse:
             reason=entry.reason,
             epoch=entry.epoch,
         )
-    for expert, rate in sorted(snapshot.load.tokens_per_s.items()):
+    for expert, rate in sorted(snapshot.told.load.tokens_per_s.items()):
         message.rates.add(model=expert.model, layer=expert.layer, index=expert.index, tokens_per_s=rate)
+    for device, reason in sorted(memory.quarantined.items()):
+        message.quarantined.add(device=device, reason=reason)
+    _add_hot(message, snapshot)
     for place, (done, wanted) in sorted(snapshot.imports.items()):
         node_id, _, name = place.partition("/")
         message.imports.add(model=name, node_id=node_id, num_done=done, num_wanted=wanted)
@@ -90,13 +93,28 @@ def _add_actors(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> Non
     for name in sorted(views):
         view = views[name]
         since_s = snapshot.memory.unreachable_since_s.get(view.incarnation, snapshot.memory.first_seen_s.get(view.incarnation, now_s))
-        _add_recorded(message, view, max(0.0, now_s - since_s))
+        _add_recorded(message, view, max(0.0, now_s - since_s), _doubt(view, snapshot))
         seen.pop(view.incarnation, None)
     for actor in seen.values():
         _add_unrecorded(message, actor)
 
 
-def _add_recorded(message: pb.GetClusterStatusResponse, view: ActorView, since_s: float) -> None:
+def _add_hot(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> None:
+    """Further replicas of hot experts, where they are or that there is no room for them."""
+    placed = {copy.expert: names for copy, names in snapshot.memory.further.items()}
+    for expert, warmth in sorted(snapshot.told.hot.items()):
+        for name in placed.get(expert, ("",)):
+            message.hot.add(model=expert.model, layer=expert.layer, index=expert.index, actor_id=name, reason=warmth.why)
+
+
+def _doubt(view: ActorView, snapshot: Snapshot) -> str:
+    """What routers say of an actor that they do not trust, or not quite."""
+    said = snapshot.told.health.of(view.incarnation, snapshot.status.observed_s)
+    suspicion = next((f"suspected: {link.evidence or 'late'}" for link in said if link.is_suspected), "")
+    return view.doubt or suspicion or ("trusted again a moment ago" if view.is_settling else "")
+
+
+def _add_recorded(message: pb.GetClusterStatusResponse, view: ActorView, since_s: float, doubt: str) -> None:
     state = {"decided": "starting", "suspect": "unreachable", "lost": "dead"}.get(view.life, str(view.life))
     entry = message.actors.add(
         actor_id=view.actor_id,
@@ -106,6 +124,7 @@ def _add_recorded(message: pb.GetClusterStatusResponse, view: ActorView, since_s
         num_slots=view.record.num_slots,
         reason=view.reason,
         since_s=since_s,
+        doubt=doubt,
     )
     if view.report is not None:
         _fill(entry, view.report)

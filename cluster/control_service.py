@@ -16,7 +16,8 @@ import pydantic
 from cluster.cluster_view import status_message
 from cluster.controller import Controller
 from cluster.core.errors import FleetError, InvalidRequest, MoeError, Unauthenticated
-from cluster.core.ids import ExpertId, Incarnation
+from cluster.core.health import LinkReport, Wrong
+from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
 from cluster.core.spec import ClusterSpec
 from cluster.core.table_codec import to_proto
 from protos.moelastic.control.v1 import control_pb2 as pb
@@ -26,6 +27,8 @@ MAX_MESSAGE_BYTES = 16 << 20
 MAX_ROUTERS = 64
 MAX_SPEC_BYTES = 1 << 20
 MAX_ENTRIES = 1 << 18
+MAX_NAME_CHARACTERS = 256
+MAX_KIND_CHARACTERS = 32
 WATCH_LIMIT_S = 3600.0
 STOP_GRACE_S = 1.0
 
@@ -72,13 +75,25 @@ class ControlService(pb_grpc.ControlServiceServicer):
         return await _guarded(context, self._report_health(request))
 
     async def _report_health(self, request: pb.ReportHealthRequest) -> pb.ReportHealthResponse:
-        if not request.router_id or len(request.links) > MAX_ENTRIES or len(request.loads) > MAX_ENTRIES:
-            message = f"router_id: must be given; links and loads: at most {MAX_ENTRIES} each"
+        if not request.router_id or max(len(request.links), len(request.loads), len(request.wrong_numbers)) > MAX_ENTRIES:
+            message = f"router_id: must be given; links, loads and wrong_numbers: at most {MAX_ENTRIES} each"
             raise InvalidRequest(message, field="router_id")
-        lost = [Incarnation(link.actor_id, link.generation) for link in request.links if not link.connected]
         tokens = {ExpertId(load.model, load.layer, load.index): load.tokens for load in request.loads}
-        epoch = self._controller.report_health(request.router_id, request.epoch, lost, tokens, request.window_s)
+        links, wrong = [_link(link) for link in request.links], [_wrong(entry) for entry in request.wrong_numbers]
+        epoch = self._controller.report_health(request.router_id, request.epoch, links, tokens, request.window_s, wrong)
         return pb.ReportHealthResponse(epoch=epoch)
+
+    async def ReleaseDevice(self, request: pb.ReleaseDeviceRequest, context: Context) -> pb.ReleaseDeviceResponse:  # noqa: N802 - the proto's name
+        """Trust a quarantined device again."""
+        await self._authenticate(context)
+        return await _guarded(context, self._release_device(request))
+
+    async def _release_device(self, request: pb.ReleaseDeviceRequest) -> pb.ReleaseDeviceResponse:
+        if not self._controller.release_device(request.device):
+            known = ", ".join(self._controller.snapshot().memory.quarantined) or "none"
+            message = f"device: {request.device[:MAX_NAME_CHARACTERS]!r} is not one quarantined NODE/DEVICE; quarantined: {known}"
+            raise InvalidRequest(message, field="device")
+        return pb.ReleaseDeviceResponse(left=sorted(self._controller.snapshot().memory.quarantined))
 
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:  # noqa: N802 - the proto's name
         """Record a new goal."""
@@ -102,6 +117,23 @@ class ControlService(pb_grpc.ControlServiceServicer):
         if not any(matches):
             message = "missing or wrong control token: send metadata `authorization: Bearer TOKEN` with the token of this deployment"
             await context.abort(grpc.StatusCode[Unauthenticated.status], message)
+
+
+def _link(link: pb.LinkHealth) -> LinkReport:
+    return LinkReport(
+        Incarnation(link.actor_id, link.generation),
+        is_connected=link.connected,
+        is_ejected=link.ejected,
+        is_suspected=link.suspected,
+        evidence=link.evidence[:MAX_NAME_CHARACTERS],
+        oldest_age_s=link.oldest_age_s,
+        queued_tokens=link.queued_tokens,
+    )
+
+
+def _wrong(entry: pb.WrongNumbers) -> Wrong:
+    copy = CopyId(ExpertId(entry.model, entry.layer, entry.index), entry.version.hex(), Role.SHADOW if entry.role == pb.ROLE_SHADOW else Role.REPLICA)
+    return Wrong(Incarnation(entry.actor_id, entry.generation), copy, entry.kind[:MAX_KIND_CHARACTERS], entry.count)
 
 
 def parse_spec(spec_json: str) -> ClusterSpec:

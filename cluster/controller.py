@@ -7,32 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cluster.clock import Clock, SystemClock
 from cluster.core.actions import Action, ImportExperts, ImportModel, target_of, verb_of
+from cluster.core.devices import found_device, released
 from cluster.core.errors import ConfigError, FleetError, MoeError, StaleTable
+from cluster.core.health import LinkReport, Wrong
 from cluster.core.ids import ExpertId, Incarnation
 from cluster.core.launch import Launch
 from cluster.core.lifecycle import SUSPECT_LIMIT_S
-from cluster.core.load import Load, with_window
-from cluster.core.memory import Memory, ModelRecord, with_goal, with_model, with_outcome
+from cluster.core.memory import Memory, read_model, with_goal, with_model, with_outcome
 from cluster.core.placement import lay_out, shape_of
-from cluster.core.reconcile import Decision, adopt, reconcile
+from cluster.core.reconcile import Decision, Told, adopt, reconcile
 from cluster.core.routing_table import RoutingTable
 from cluster.core.spec import ClusterSpec
 from cluster.core.status import ActorState, FleetObservation
 from cluster.core.table_draft import TableDraft
 from cluster.fleet import Fleet
 from cluster.fleet_actions import Outcome, perform
+from cluster.router_reports import RouterReports
 from cluster.store import ControlStore, NewDecision
+from cluster.teardown import stop_actors, stop_routers
 
 LOG = logging.getLogger(__name__)
 TROUBLE_PAUSE_S = 1.0
 IDLE_PAUSE_S = 0.25
-DOWN_PAUSE_S = 0.1
+URGENT_PAUSE_S = 0.03
 STOP_LIMIT_S = 10.0
 
 
@@ -47,7 +49,7 @@ class Snapshot:
     controller_generation: int
     imports: Mapping[str, tuple[int, int]]
     trouble: str
-    load: Load
+    told: Told
     store_was_damaged: bool = False
 
 
@@ -65,7 +67,7 @@ class Controller:
         goal = store.goal()
         self._spec = ClusterSpec.model_validate_json(goal) if goal else None
         self._is_going_down = goal == ""
-        self._load = Load()
+        self._reports = RouterReports()
         self._status = FleetObservation(self._clock.now_s())
         self._decision: Decision | None = None
         self._decided_for: ClusterSpec | None = None
@@ -78,17 +80,18 @@ class Controller:
         self._imports: Mapping[str, tuple[int, int]] = {}
         self._agents_up: set[str] = set()
         self._trouble = ""
-        self._num_failed_looks = 0
+        self._num_failed_looks, self._has_moved = 0, False
         self._raise_epoch()
 
     async def run(self) -> None:
         """Reconcile until cancelled. Raises StaleTable when another controller has taken over the store: this one must end then."""
         while True:
-            pause_s = self._spec.control.reconcile_s if self._spec is not None else IDLE_PAUSE_S
+            pause_s = IDLE_PAUSE_S
             try:
                 if self._is_going_down:
                     await self.down()
                 await self.step()
+                pause_s = self._pause_s()
                 self._trouble, self._num_failed_looks = "", 0
             except StaleTable:
                 raise
@@ -101,17 +104,21 @@ class Controller:
         """One look, one decision: recorded, published, begun. Actions that take long go on beside later steps."""
         async with self._stepping:
             self._fold_outcomes()
-            status = await self._fleet.observe()
+            status = await self._fleet.observe(out=self._reports.out(self._clock.now_s()))
             self._imports = await self._fleet.import_progress() if any(key.startswith("import") for key in self._under_way) else {}
             self._agents_up.update(place.partition("/")[0] for place in self._imports)
             was_at_rest = self._is_at_rest(status)
             self._status = status
+            if self._spec is not None:
+                self._reports.judge_heat(self._spec.replication, self._memory.published, status.observed_s)
             if self._spec is None or was_at_rest or (self._is_blank and not self._rebuild(self._spec, status)):
                 return
-            decision = reconcile(self._spec, self._launch, self._memory, status, self._load)
+            told = self._reports.told
+            decision = reconcile(self._spec, self._launch, self._memory, status, told)
             self._decided_for = self._spec
             actions = self._to_begin(decision.actions, self._spec)
             self._record(decision, actions)
+            self._reports.note_decided(told, status.observed_s)
             self._publish()
             for action in actions:
                 self._begin(action)
@@ -158,8 +165,8 @@ class Controller:
 
     def snapshot(self) -> Snapshot:
         """What the last look saw and what was decided."""
-        memory, status, was_damaged = self._memory, self._status, self._store.was_damaged
-        return Snapshot(self._spec, memory, status, self._decision, self.generation, self._imports, self._trouble, self._load, was_damaged)
+        facts = (self._spec, self._memory, self._status, self._decision, self.generation)
+        return Snapshot(*facts, self._imports, self._trouble, self._reports.told, self._store.was_damaged)
 
     @property
     def table(self) -> RoutingTable | None:
@@ -200,16 +207,34 @@ class Controller:
         self._publish()
         return given
 
-    def report_health(self, router_id: str, epoch: int, lost: Collection[Incarnation], tokens: Mapping[ExpertId, int], window_s: float) -> int:
-        """Fold in what a router sees. A published actor that it lost is looked at at once; the fleet's own look decides. Returns our epoch."""
+    def report_health(
+        self,
+        router_id: str,
+        epoch: int,
+        links: Iterable[LinkReport] = (),
+        tokens: Mapping[ExpertId, int] | None = None,
+        window_s: float = 0.0,
+        wrong: Sequence[Wrong] = (),
+    ) -> int:
+        """Fold in what a router sees; what is news of actors that are out, or of wrong numbers, is looked into at once. Returns our epoch."""
         known = epoch if epoch <= self._memory.epoch else 0  # a higher one is another controller's, whose table may hold anything
         if self._memory.router_epochs.get(router_id) != known:
             self._memory = replace(self._memory, router_epochs={**self._memory.router_epochs, router_id: known})
-        self._load = with_window(self._load, tokens, window_s, self._clock.now_s())
-        published = {endpoint.incarnation for endpoint in self._memory.published.actors.values()}
-        if published.intersection(lost):
+        lives = {record.incarnation for record in self._memory.actors.values()}
+        known_links = [link for link in links if link.incarnation in lives]
+        if self._reports.fold(router_id, known_links, tokens or {}, window_s, wrong, self._clock.now_s()):
             self._wake.set()
         return self._memory.epoch
+
+    def release_device(self, device: str) -> bool:
+        """Trust a quarantined device (NODE/DEVICE) again; False when it is not quarantined."""
+        name = found_device(self._memory, self._status, device)
+        if name is None:
+            return False
+        self._memory = released(self._memory, name)
+        self._store.save(self._memory, [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)], unix_time_s=self._clock.unix_s())
+        self._wake.set()
+        return True
 
     async def close(self) -> None:
         """Stop acting; what runs keeps running."""
@@ -229,7 +254,13 @@ class Controller:
         last = self._decision
         if last is None or not last.is_at_rest or last.memory is not self._memory or self._decided_for is not self._spec:
             return False
-        return not self._under_way and status.has_same_facts(self._status)
+        return self._reports.is_calm(status.observed_s) and not self._under_way and status.has_same_facts(self._status)
+
+    def _pause_s(self) -> float:
+        """A moment only while copies are being loaded for experts that have none, or a table was just published whose consequences wait."""
+        pause_s = self._spec.control.reconcile_s if self._spec is not None else IDLE_PAUSE_S
+        is_urgent = self._has_moved and self._memory.inexact_since_s is not None and self._memory.reached_revision > 0
+        return min(URGENT_PAUSE_S, pause_s) if is_urgent else pause_s
 
     def _rebuild(self, spec: ClusterSpec, status: FleetObservation) -> bool:
         """With an empty store: take over what runs, once all of it has answered or had the time to. False: not yet."""
@@ -285,14 +316,10 @@ class Controller:
         action, manifest = outcome.action, outcome.manifest
         if manifest is None or not isinstance(action, ImportModel):
             return outcome
-        known = self._memory.models.get(action.model)
-        if known is not None and manifest.model_copy(update={"source": known.manifest.source, "shadows": known.manifest.shadows}) != known.manifest:
+        record = read_model(self._memory.models.get(action.model), action, manifest)
+        if record is None:
             message = f"model {action.model}: {action.source} holds other weights than those being served; take the model out first, or give it a new name"
             return replace(outcome, error=message, final=True)
-        kept = manifest
-        if known is not None:
-            kept = known.manifest if known.shadow == action.shadow else known.manifest.model_copy(update={"shadows": manifest.shadows})
-        record = ModelRecord(kept, str(action.source), str(action.dtype), action.shadow)
         self._memory = with_model(self._memory, action.model, record)
         return outcome
 
@@ -307,9 +334,12 @@ class Controller:
         """Make the decision durable; from here on it is what happens, crash or not."""
         epoch = decision.memory.epoch
         news = [NewDecision(verb_of(action), target_of(action), action.reason, epoch) for action in actions]
+        new = {device: why for device, why in decision.memory.quarantined.items() if device not in self._memory.quarantined}
+        news += [NewDecision("quarantine", device, why, epoch) for device, why in new.items()]
         if decision.memory.published is not self._memory.published:
             news.append(NewDecision("publish", f"{len(decision.table.copies)} experts", f"{decision.num_copies_ready} copies ready", epoch))
         self._store.save(decision.memory, news, unix_time_s=self._clock.unix_s())
+        self._has_moved = bool(actions) or decision.memory.published is not self._memory.published or self._status.is_loading
         self._memory, self._decision = decision.memory, decision
 
     def _publish(self) -> None:
@@ -360,32 +390,14 @@ class Controller:
 
     async def _stop_everything(self, spec: ClusterSpec | None) -> None:
         """Routers first, so that nothing is dispatched any more; then the table; then actors, a few at a time; then the nodes' agents."""
-        router_limit_s = spec.router.drain_timeout_s if spec is not None else STOP_LIMIT_S
-        actor_limit_s = spec.actors.drain_timeout_s if spec is not None else STOP_LIMIT_S
-        while routers := await self._running_routers():
-            await _all(self._fleet.stop_router(name, timeout_s=router_limit_s) for name in routers)
+        await stop_routers(self._fleet, self._look, timeout_s=spec.router.drain_timeout_s if spec is not None else STOP_LIMIT_S)
         if self._memory.published.copies:
             self._memory = replace(self._memory, published=TableDraft(), epoch=self._memory.epoch + 1)
             self._store.save(self._memory)
             self._publish()
-        while actors := await self._running_actors():
-            await _all(self._fleet.stop_actor(incarnation, timeout_s=actor_limit_s) for incarnation in actors)
+        await stop_actors(self._fleet, self._look, timeout_s=spec.actors.drain_timeout_s if spec is not None else STOP_LIMIT_S)
         await self._fleet.stop_agents(timeout_s=STOP_LIMIT_S)
 
-    async def _running_routers(self) -> list[str]:
+    async def _look(self) -> FleetObservation:
         self._status = await self._fleet.observe()
-        return [router.router_id for router in self._status.routers if router.state is not ActorState.DEAD]
-
-    async def _running_actors(self) -> list[Incarnation]:
-        self._status = await self._fleet.observe()
-        return [actor.incarnation for actor in self._status.actors if actor.state is not ActorState.DEAD]
-
-
-async def _all(stops: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all; what failed is looked at again, after a breath."""
-    results = await asyncio.gather(*stops, return_exceptions=True)
-    if any(isinstance(result, MoeError) for result in results):
-        await asyncio.sleep(DOWN_PAUSE_S)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, MoeError):
-            raise result
+        return self._status

@@ -20,8 +20,11 @@ from cluster.core.status import FleetObservation
 class Fleet(Protocol):
     """The machines, as the controller commands them."""
 
-    async def observe(self) -> FleetObservation:
-        """Look at everything once, within `control.observe_timeout_s`; what does not answer in time is unreachable."""
+    async def observe(self, *, out: Collection[Incarnation] = ()) -> FleetObservation:
+        """Look at everything once, within `control.observe_timeout_s`; what does not answer in time is unreachable.
+
+        `out`: lives that are known not to answer; nothing waits for them.
+        """
         ...
 
     async def import_model(
@@ -41,11 +44,18 @@ class Fleet(Protocol):
         ...
 
     async def import_experts(
-        self, node_id: str, *, manifest: Manifest, source: Path, experts: Collection[tuple[int, int]], shadows: Collection[tuple[int, int]] = ()
+        self,
+        node_id: str,
+        *,
+        manifest: Manifest,
+        source: Path,
+        experts: Collection[tuple[int, int]],
+        shadows: Collection[tuple[int, int]] = (),
+        distrusted: Collection[str] = (),
     ) -> None:
         """Make sure that these experts ((layer, index)), these experts' shadows and all gates of a model lie verified in a node's store.
 
-        All have the digests of the manifest.
+        All have the digests of the manifest; the `distrusted` among them are digested again, also if they were before.
         """
         ...
 
@@ -58,7 +68,7 @@ class Fleet(Protocol):
         ...
 
     async def stop_actor(self, incarnation: Incarnation, *, timeout_s: float) -> None:
-        """Stop one incarnation: in order within the limit, then by force. Stopping one that is gone does nothing."""
+        """Stop one incarnation: in order within the limit, then by force; 0: by force at once. Stopping one that is gone does nothing."""
         ...
 
     async def assume(self, incarnation: Incarnation, copies: Sequence[CopyId], *, epoch: int) -> None:

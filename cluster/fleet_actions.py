@@ -68,12 +68,19 @@ async def _perform(action: Action, fleet: Fleet, spec: ClusterSpec, launch: Laun
         case ImportExperts():
             known = memory.models[action.model]
             shadows = sorted((copy.expert.layer, copy.expert.index) for copy in action.shadows if is_listed(known.manifest, copy))
-            await fleet.import_experts(action.node_id, manifest=known.manifest, source=Path(known.path), experts=sorted(action.experts), shadows=shadows)
+            await fleet.import_experts(
+                action.node_id,
+                manifest=known.manifest,
+                source=Path(known.path),
+                experts=sorted(action.experts),
+                shadows=shadows,
+                distrusted=sorted(action.distrusted),
+            )
         case StartActor():
             config = actor_config(spec, launch, action.incarnation, action.num_slots)
             await fleet.start_actor(config, node_id=action.node_id, num_gpus=spec.actors.num_gpus, num_cpus=spec.actors.num_cpus)
         case StopActor():
-            await fleet.stop_actor(action.incarnation, timeout_s=spec.actors.drain_timeout_s)
+            await fleet.stop_actor(action.incarnation, timeout_s=0.0 if action.at_once else spec.actors.drain_timeout_s)
         case Assume():
             await fleet.assume(action.incarnation, action.copies, epoch=memory.epoch)
         case Drain():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cluster.core.errors import CheckpointError, ConfigError, FleetError, MoeError, SlotsExhausted, StaleTable
 from cluster.core.ids import Incarnation
-from cluster.core.status import ActorObservation, ActorState, CommandReply, NodeObservation, RouterObservation
+from cluster.core.status import ActorObservation, ActorState, CommandReply, FleetObservation, GpuFault, NodeObservation, RouterObservation
 
 NODE_PREFIX_CHARS = 12
 AGENT_PREFIX = "agent/"
@@ -44,6 +45,22 @@ def incarnation_of(name: str) -> Incarnation | None:
     """Of an expert actor's name; None for a router's."""
     match = _EXPERT_NAME.match(name)
     return None if match is None else Incarnation(match["actor_id"], int(match["generation"]))
+
+
+def observation_of(
+    now_s: float,
+    nodes: Iterable[NodeObservation],
+    seen: Iterable[ActorObservation | RouterObservation],
+    gpu_faults: Mapping[str, tuple[GpuFault, ...]],
+) -> FleetObservation:
+    """One look, of what was seen of each node and process."""
+    seen = list(seen)
+    return FleetObservation(
+        now_s,
+        tuple(replace(node, gpu_faults=gpu_faults[node.node_id]) if node.node_id in gpu_faults else node for node in nodes),
+        tuple(entry for entry in seen if isinstance(entry, ActorObservation)),
+        tuple(entry for entry in seen if isinstance(entry, RouterObservation)),
+    )
 
 
 def failure_of(name: str, reason: str) -> ActorObservation | RouterObservation:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Protocol, TypeVar
 
 from cluster.core.errors import FleetError
-from cluster.core.status import ActorReport, CommandReply, RouterObservation
+from cluster.core.status import ActorReport, CommandReply, GpuFault, RouterObservation
 
 Result = TypeVar("Result")
 
 PROBE_PAUSE_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 MAX_MISSED = 10
-PROGRESS_TIMEOUT_S = 1.0
+PROGRESS_TIMEOUT_S = 0.1
+FAULTS_PAUSE_S = 2.0
 KILL_TIMEOUT_S = 10.0  # also of an agent that has to be started for it
 
 
@@ -46,6 +48,9 @@ class NodeAgents:
         self._host = host
         self._pause_s, self._timeout_s, self._max_missed = pause_s, timeout_s, max_missed
         self._agents: dict[str, Any] = {}
+        self._faults: dict[str, tuple[GpuFault, ...]] = {}
+        self._asking: list[asyncio.Future[None]] = []
+        self._faults_asked_s = 0.0
         self._creating = asyncio.Lock()
 
     async def run_import(self, node_id: str, send: Callable[[Any], Awaitable[CommandReply]]) -> CommandReply:
@@ -61,7 +66,7 @@ class NodeAgents:
             call.cancel()
 
     async def progress(self) -> dict[str, tuple[int, int]]:
-        """For each import under way, `NODE/MODEL`: blobs done and wanted. An agent that does not answer is left out."""
+        """For each import under way, `NODE/MODEL`: blobs done and wanted. An agent that does not answer within a moment is left out."""
 
         async def ask(node_id: str, agent: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 - Ray ships no types for handles
             answer = await self._ask_progress(agent, PROGRESS_TIMEOUT_S) or {}
@@ -69,6 +74,16 @@ class NodeAgents:
 
         answers = await asyncio.gather(*(ask(node_id, agent) for node_id, agent in self._agents.items()))
         return {place: counts for answer in answers for place, counts in answer.items()}
+
+    def gpu_faults(self, alive: Collection[str]) -> dict[str, tuple[GpuFault, ...]]:
+        """By node, what its driver told of its GPUs, as far as is known; asks for news beside the caller. Agents of other nodes are forgotten."""
+        self._agents = {node_id: agent for node_id, agent in self._agents.items() if node_id in alive}
+        self._faults = {node_id: faults for node_id, faults in self._faults.items() if node_id in alive}
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._faults_asked_s >= FAULTS_PAUSE_S and all(task.done() for task in self._asking):
+            self._faults_asked_s = now_s
+            self._asking = [asyncio.ensure_future(self._ask_faults(node_id, agent)) for node_id, agent in self._agents.items()]
+        return {node_id: faults for node_id, faults in self._faults.items() if faults}
 
     async def kill(self, node_id: str, report: ActorReport | RouterObservation) -> None:
         """SIGKILL the process that sent this report, by (pid, start time); nothing where these are not known."""
@@ -82,6 +97,8 @@ class NodeAgents:
     def forget(self) -> None:
         """They are ended by other means."""
         self._agents.clear()
+        for task in self._asking:
+            task.cancel()
 
     async def _agent(self, node_id: str) -> Any:  # noqa: ANN401 - Ray ships no types for handles
         async with self._creating:
@@ -111,3 +128,9 @@ class NodeAgents:
         except (TimeoutError, FleetError):
             return None
         return answer
+
+    async def _ask_faults(self, node_id: str, agent: Any) -> None:  # noqa: ANN401 - as above
+        with contextlib.suppress(TimeoutError, FleetError):
+            async with asyncio.timeout(self._timeout_s):
+                answer: str = await self._host.answer(agent.gpu_faults.remote())
+                self._faults[node_id] = tuple(GpuFault(**entry) for entry in json.loads(answer))

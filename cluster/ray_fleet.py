@@ -25,9 +25,9 @@ from cluster.core.ids import CopyId, Incarnation
 from cluster.core.link_frames import derive_link_key
 from cluster.core.spec import ShadowSpec
 from cluster.core.status import ActorObservation, ActorState, FleetObservation, NodeObservation, RouterObservation
-from cluster.fleet_replies import AGENT_PREFIX, NODE_PREFIX_CHARS, ROUTER_NAME, accepted, failure_of, incarnation_of, node_of
+from cluster.fleet_replies import AGENT_PREFIX, NODE_PREFIX_CHARS, ROUTER_NAME, accepted, failure_of, incarnation_of, node_of, observation_of
 from cluster.node_agents import NodeAgents
-from cluster.report_watch import Look, ReportWatch
+from cluster.report_watch import PATIENCE_S, Look, ReportWatch
 
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class RayFleet:
         self._head_id = ""
         self._failed: dict[str, str] = {}
 
-    async def observe(self) -> FleetObservation:
+    async def observe(self, *, out: Collection[Incarnation] = ()) -> FleetObservation:
         """Look at everything once. Raises FleetError when Ray itself does not answer; a silent actor only is unreachable."""
         known = set(self._hosted)
         found = await self._blocking(lambda: self._look_up(known), self._observe_timeout_s)
@@ -105,10 +105,10 @@ class RayFleet:
         self._head_id = next((node.node_id for node in found.nodes if node.is_head), "")
         alive = {node.node_id for node in found.nodes if node.alive}
         names = sorted(name for name in found.names if name in self._hosted and name not in self._failed)
-        seen = [*await asyncio.gather(*(self._observe_one(name, alive) for name in names)), *map(failure_of, self._failed, self._failed.values())]
-        now_s = asyncio.get_running_loop().time()
-        actors = tuple(entry for entry in seen if isinstance(entry, ActorObservation))
-        return FleetObservation(now_s, found.nodes, actors, tuple(entry for entry in seen if isinstance(entry, RouterObservation)))
+        silent = {str(incarnation) for incarnation in out}
+        looks = (self._observe_one(name, alive, 0.0 if name in silent else PATIENCE_S) for name in names)
+        seen = [*await asyncio.gather(*looks), *map(failure_of, self._failed, self._failed.values())]
+        return observation_of(asyncio.get_running_loop().time(), found.nodes, seen, self._agents.gpu_faults(alive))
 
     async def import_model(
         self,
@@ -128,10 +128,18 @@ class RayFleet:
         return Manifest.model_validate_json(accepted(reply).value)
 
     async def import_experts(
-        self, node_id: str, *, manifest: Manifest, source: Path, experts: Collection[tuple[int, int]], shadows: Collection[tuple[int, int]] = ()
+        self,
+        node_id: str,
+        *,
+        manifest: Manifest,
+        source: Path,
+        experts: Collection[tuple[int, int]],
+        shadows: Collection[tuple[int, int]] = (),
+        distrusted: Collection[str] = (),
     ) -> None:
         """Fill the node's store by its agent. Raises CheckpointError, FleetError."""
         arguments = {"manifest": manifest.model_dump_json(), "source": str(source), "experts": list(experts), "shadows": list(shadows)}
+        arguments["distrusted"] = list(distrusted)
         accepted(await self._agents.run_import(node_id, lambda agent: agent.import_experts.remote(**arguments)))
 
     async def import_progress(self) -> dict[str, tuple[int, int]]:
@@ -145,7 +153,7 @@ class RayFleet:
         await self._start(str(config.incarnation), self._classes.expert_actor, (config, key), node_id, options)
 
     async def stop_actor(self, incarnation: Incarnation, *, timeout_s: float) -> None:
-        """Ask it to stop; then end its process, by its node's agent when it does not answer."""
+        """Ask it to stop, unless there is no time for it; then end its process, by its node's agent when it does not answer."""
         await self._stop(str(incarnation), timeout_s)
 
     async def assume(self, incarnation: Incarnation, copies: Sequence[CopyId], *, epoch: int) -> None:
@@ -208,9 +216,9 @@ class RayFleet:
             if hosted.start is not None:
                 hosted.start.cancel()
 
-    async def _observe_one(self, name: str, alive: set[str]) -> ActorObservation | RouterObservation:
+    async def _observe_one(self, name: str, alive: set[str], patience_s: float) -> ActorObservation | RouterObservation:
         hosted = self._hosted[name]
-        look = await hosted.watch.look(self._observe_timeout_s)
+        look = await hosted.watch.look(self._observe_timeout_s, patience_s)
         state, reason = _state(look)
         hosted.is_silent = state is ActorState.UNREACHABLE
         if look.report is not None and look.report.node_id:
@@ -219,7 +227,7 @@ class RayFleet:
             state, reason = ActorState.DEAD, "its node is dead"
         incarnation = incarnation_of(name)
         if incarnation is not None:
-            return ActorObservation(incarnation, state, hosted.node_id, look.report, reason)
+            return ActorObservation(incarnation, state, hosted.node_id, look.report, reason, look.silent_s, look.is_outdated)
         if state is ActorState.STARTING and hosted.start is None:
             hosted.node_id = hosted.node_id or self._head_id  # routers live on the head
             self._tell_to_start(name, hosted)
@@ -284,7 +292,7 @@ class RayFleet:
                 return
             hosted = self._hosted.setdefault(name, self._watched(name, handle))
         report = hosted.watch.last
-        is_asked = report is not None and await self._ask_to_stop(hosted, min(timeout_s, SILENT_STOP_S) if hosted.is_silent else timeout_s)
+        is_asked = report is not None and timeout_s > 0 and await self._ask_to_stop(hosted, min(timeout_s, SILENT_STOP_S) if hosted.is_silent else timeout_s)
         if report is not None and not is_asked:
             await self._agents.kill(hosted.node_id, report)  # Ray takes seconds to end a process that hangs
         await self._kill(hosted.handle)

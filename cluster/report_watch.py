@@ -10,22 +10,28 @@ from typing import Generic, TypeVar
 Report = TypeVar("Report")
 
 PATIENCE_S = 0.25
+MOMENT_S = 0.005  # for an answer that is already here
 
 
 @dataclass(frozen=True, slots=True)
 class Look(Generic[Report]):
-    """What one look gave: a report, or an error, or neither in time. `was_heard`: it has answered at some time."""
+    """What one look gave: a report, or an error, or neither in time. `was_heard`: it has answered at some time.
+
+    `silent_s`: how long the question under way has waited; 0 when it was answered. `is_outdated`: the report was asked for before the last command.
+    """
 
     report: Report | None = None
     error: BaseException | None = None
     was_heard: bool = False
+    silent_s: float = 0.0
+    is_outdated: bool = False
 
 
 class ReportWatch(Generic[Report]):
     """One process. `ask` puts one question; its answer may come during a later look.
 
-    A look waits a moment only, and takes the last report while that is younger than the time limit and than the last command. Where there
-    is none to take, it waits up to the limit.
+    A look waits a moment only, once for each question, and then takes the last report while that is younger than the time limit. Only for a
+    process that was never heard, and was not just started, it waits up to the limit: of that nothing is known.
     """
 
     def __init__(self, ask: Callable[[], Awaitable[Report]], *, is_new: bool = False) -> None:
@@ -48,20 +54,24 @@ class ReportWatch(Generic[Report]):
         """A command was sent: reports asked for before it no longer count."""
         self._commanded_s = asyncio.get_running_loop().time()
 
-    async def look(self, limit_s: float) -> Look[Report]:
-        """Ask, and wait as long as it is worth."""
+    async def look(self, limit_s: float, patience_s: float = PATIENCE_S) -> Look[Report]:
+        """Ask, and wait as long as it is worth: at most `patience_s` for one that has answered before."""
         loop = asyncio.get_running_loop()
+        is_asked = self._question is not None
         if self._question is None:
             self._asked_s = loop.time()
             self._question = asyncio.ensure_future(self._answer())
-        has_recent = self._last is not None and self._last_asked_s > self._commanded_s and loop.time() - self._last_asked_s < limit_s
-        patience_s = PATIENCE_S if has_recent or (self._is_new and not self._was_heard) else limit_s - (loop.time() - self._asked_s)
-        done, _ = await asyncio.wait({self._question}, timeout=min(limit_s, max(PATIENCE_S, patience_s)))
+        if self._was_heard:
+            wait_s = 0.0 if is_asked else patience_s
+        else:
+            wait_s = patience_s if self._is_new else max(patience_s, limit_s - (loop.time() - self._asked_s))
+        done, _ = await asyncio.wait({self._question}, timeout=min(limit_s, max(MOMENT_S, wait_s)))
         if done:
             return self._take()
-        if has_recent and loop.time() - self._last_asked_s < limit_s:
-            return Look(self._last, was_heard=True)
-        return Look(was_heard=self._was_heard)
+        silent_s = loop.time() - self._asked_s
+        if self._last is not None and loop.time() - self._last_asked_s < limit_s:
+            return Look(self._last, was_heard=True, silent_s=silent_s, is_outdated=self._last_asked_s <= self._commanded_s)
+        return Look(was_heard=self._was_heard, silent_s=silent_s)
 
     def close(self) -> None:
         """Give up the question under way."""
@@ -80,4 +90,4 @@ class ReportWatch(Generic[Report]):
         if error is not None:
             return Look(error=error, was_heard=self._was_heard)
         self._last, self._last_asked_s, self._was_heard = question.result(), self._asked_s, True
-        return Look(self._last, was_heard=True)
+        return Look(self._last, was_heard=True, is_outdated=self._asked_s <= self._commanded_s)

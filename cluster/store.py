@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS decisions (
 _ACTORS = TypeAdapter(dict[str, ActorRecord])
 _ROUTERS = TypeAdapter(dict[str, RouterRecord])
 _MODELS = TypeAdapter(dict[str, ModelRecord])
+_DEVICES = TypeAdapter(dict[str, str])
 
 
 def _text_dump(value: object) -> bytes:
@@ -48,6 +49,7 @@ _DURABLE: dict[str, Callable[[Any], bytes]] = {
     "models": lambda models: _MODELS.dump_json(dict(models)),
     "actors": lambda actors: _ACTORS.dump_json(dict(actors)),
     "routers": lambda routers: _ROUTERS.dump_json(dict(routers)),
+    "quarantined": lambda devices: _DEVICES.dump_json(dict(devices)),
     "published": lambda draft: to_proto(draft.at_epoch(0)).SerializeToString(deterministic=True),
 }
 
@@ -104,6 +106,7 @@ class ControlStore:
             models=_MODELS.validate_json(self._written.get("models", b"{}")),
             actors=_ACTORS.validate_json(self._written.get("actors", b"{}")),
             routers=_ROUTERS.validate_json(self._written.get("routers", b"{}")),
+            quarantined=_DEVICES.validate_json(self._written.get("quarantined", b"{}")),
             published=draft_of(from_proto(pb.WatchTableResponse.FromString(self._written.get("published", b"")))),
         )
 

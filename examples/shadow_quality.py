@@ -1,17 +1,19 @@
-"""What shadows cost: held-out bits per byte of the shipped model with the experts of one GPU of four answered by their shadows, codec by codec.
+"""What it costs to lose a GPU: held-out bits per byte of the shipped model with the experts of one GPU of four answered by their shadows, or by nobody.
 
-Run ``python -m examples.shadow_quality`` (some minutes on one core; ``--gpus 0`` for a quarter of it). Beside every codec stand its memory, the signal
-to noise of its weights and the error of its outputs, and beside them all the controls: the experts dropped, and their tokens sent to the next best.
-GPU g of the four holds experts 2g and 2g + 1 of every layer. Calibration and scored text are disjoint parts of the committed held-out samples.
-``--timings`` measures packing and expanding one 512x2048 gated expert instead, in processor time.
+    python -m examples.shadow_quality --text FILE...     calibrate on FILEs (training text, never the held-out one), score the committed held-out samples
+
+GPU g of the four holds experts 2g and 2g + 1 of every layer. Beside every codec stand its memory and the error of its outputs; the rows "as shipped" are
+what a node makes of the checkpoint and the ladder file beside it; below them are the lower rungs, and the controls: the experts dropped, and their tokens
+sent to the next best. `--timings` measures packing and expanding one 512x2048 gated expert instead, in processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,31 +23,33 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from actors.core.codecs import CODECS, PackedExpert, decode, encode, packed_bytes
-from actors.core.fidelity import Fidelity, fidelity
-from actors.expert_layouts import ExpertWeights, expert_forward
-from cluster.core.descriptors import CodecRecord, DType, ExpertDescriptor
-from cluster.core.ids import ExpertId
-from cluster.core.shadow_plan import ShadowCandidate, ShadowOption, plan_shadows
-from cluster.registry.checkpoint import Checkpoint
+from actors.core.codecs import CODECS, FITTED_CODECS, PackedExpert, decode, encode, packed_bytes
+from actors.expert_layouts import ExpertWeights
+from actors.expert_store import ExpertStore
+from cluster.core.descriptors import ExpertDescriptor
+from cluster.core.spec import ShadowSpec
 from examples.tiny_moe_lm.export import CHECKPOINT
-from examples.tiny_moe_lm.scoring import bits_per_byte, heldout_texts
+from examples.tiny_moe_lm.scoring import heldout_texts
+from router_service.calibration.lower_rungs import targets_of
+from router_service.calibration.run import HELD_SHARE, NUM_GPUS
+from router_service.calibration.shadows import ExpertShadows, inputs_of, make_all, planned
+from router_service.calibration.subject import Loss, Place, Subject, wide_weights
+from router_service.core.ladder import Compute
+from router_service.models import load_model
 
-Array = NDArray[Any]
-Tensors = Mapping[str, Array]
+Weights = Mapping[Place, ExpertWeights]
 Result = TypeVar("Result")
-Place = tuple[int, int]
-"""Layer and index of an expert."""
-Shadows = Mapping[Place, tuple[PackedExpert, Fidelity]]
 
-NUM_GPUS = 4
-MEMORY_FRACTION = 0.15
-_CALIBRATION_START = 64 * 1024
+FRACTIONS = (0.10, 0.15, 0.20, 0.25)
+LADDERS = (
+    ("fewer_experts",),
+    ("fewer_experts", "generalist"),
+    ("fewer_experts", "dense"),
+    ("generalist",),
+    ("dense",),
+)
 _TIMED_EXPERT = ExpertDescriptor(hidden_size=512, intermediate_size=2048)
 
 
@@ -54,10 +58,10 @@ class Row:
     """One way to do without a GPU: memory in percent of the primaries', means over experts, and the rise of bits per byte by lost GPU."""
 
     name: str
+    kind: str
     memory_percent: float
-    weight_snr_db: float
-    relative_error: float
-    cosine: float
+    relative_error: float | None
+    cosine: float | None
     bits_per_byte_percent: tuple[float, ...]
 
 
@@ -65,9 +69,9 @@ def main() -> None:
     """Print one table, and write it as JSON when asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--bytes", type=int, default=6_000, help="bytes of each domain to score")
-    parser.add_argument("--calibration-bytes", type=int, default=24_000, help="bytes of each domain to calibrate on")
-    parser.add_argument("--gpus", type=int, nargs="*", default=list(range(NUM_GPUS)), help="GPUs to lose, one at a time")
+    parser.add_argument("--text", type=Path, nargs="*", default=[], help="text to calibrate on; without, only what is shipped is measured")
+    parser.add_argument("--bytes", type=int, default=24_000, help="bytes of each held-out sample to score")
+    parser.add_argument("--rows", type=int, default=24_576, help="tokens to calibrate on")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--timings", action="store_true")
     arguments = parser.parse_args()
@@ -75,151 +79,140 @@ def main() -> None:
     if arguments.timings:
         print_timings()
         return
-    subject = Subject(arguments.checkpoint, arguments.bytes, arguments.calibration_bytes)
-    print(f"held-out bits per byte without a loss: {subject.exact:.4f}")
+    scored = [_start(text.encode(), arguments.bytes) for text in heldout_texts().values()]
+    study = Study(Subject(arguments.checkpoint), scored)
+    print(f"held-out bits per byte without a loss: {study.exact:.4f}")
     rows = []
-    for row in quality(subject, arguments.gpus):
+    calibration = [_start(path.read_bytes()[: 8 * arguments.rows], 8 * arguments.rows) for path in arguments.text]
+    for row in quality(study, arguments.checkpoint, calibration, arguments.rows):
         rows.append(asdict(row))
         rises = " ".join(f"{rise:+8.3f}" for rise in row.bits_per_byte_percent)
-        facts = f"{row.memory_percent:6.2f} %  {row.weight_snr_db:6.2f} dB  error {row.relative_error:.3f}  cosine {row.cosine:.4f}"
-        print(f"{row.name:16s} {facts}  {rises} %", flush=True)
+        print(f"{row.name:32s} {row.memory_percent:6.2f} %  {rises} %  mean {np.mean(row.bits_per_byte_percent):+8.3f} %", flush=True)
     if arguments.report:
-        arguments.report.write_text(json.dumps({"bits_per_byte": subject.exact, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        facts = {"bits_per_byte": study.exact, "scored_bytes": sum(len(text.encode()) for text in scored), "rows": rows}
+        arguments.report.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-class Subject:
-    """The model in fp32, its experts in compute layout, what to score, and the rows that each expert sees on the calibration text."""
+class Study:
+    """A subject and what it is scored on."""
 
-    def __init__(self, checkpoint: Path, scored_bytes: int, calibration_bytes: int) -> None:
-        self.model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        self._texts = [_cut(text, 0, scored_bytes) for text in heldout_texts().values()]
-        source = Checkpoint(checkpoint)
-        layers = source.descriptor("shipped", "checkpoint").layers
-        self.expert = layers[0].expert
-        self.primaries: dict[Place, Tensors] = {
-            (layer.layer, index): source.expert(layer.layer, index, self.expert.dtype) for layer in layers for index in range(layer.num_experts)
-        }
-        self.num_experts = layers[0].num_experts
-        self.rows = self._calibration_rows([_cut(text, _CALIBRATION_START, calibration_bytes) for text in heldout_texts().values()])
-        self.exact = self.score()
+    def __init__(self, subject: Subject, scored: list[str]) -> None:
+        self.subject = subject
+        self._scored = scored
+        self.exact = subject.bits_per_byte(scored)
 
-    def score(self) -> float:
-        """Bits per byte over all domains."""
-        sizes = [len(text.encode()) for text in self._texts]
-        bits = sum(bits_per_byte(self.model, self._tokenizer, text) * size for text, size in zip(self._texts, sizes, strict=True))
-        return bits / sum(sizes)
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all primaries."""
+        sizes = {entry.layer: entry.expert.num_bytes for entry in self.subject.descriptor.layers}
+        return sum(sizes[layer] for layer, _ in self.subject.primaries)
 
-    def lost(self, gpu: int) -> list[int]:
-        """The expert indices that a GPU holds in every layer."""
-        share = self.num_experts // NUM_GPUS
-        return list(range(share * gpu, share * (gpu + 1)))
+    def rises(self, loss_of: Callable[[list[Place]], Loss]) -> tuple[float, ...]:
+        """How much more bits per byte, in percent, with each GPU lost in turn."""
+        return tuple(self.rise(loss_of(self.subject.lost_with_gpu(gpu, NUM_GPUS))) for gpu in range(NUM_GPUS))
 
-    @contextmanager
-    def answering(self, shadows: Mapping[Place, Tensors]) -> Iterator[None]:
-        """Experts answer with other weights for a while."""
-        self._write(shadows)
-        try:
-            yield
-        finally:
-            self._write({place: self.primaries[place] for place in shadows})
+    def rise(self, loss: Loss) -> float:
+        """How much more bits per byte, in percent, with one loss."""
+        return 100 * (self.subject.bits_per_byte(self._scored, loss) / self.exact - 1)
 
-    @contextmanager
-    def gating(self, hook: Callable[..., object]) -> Iterator[None]:
-        """Gates choose differently for a while: `hook(module, arguments, output)` of every gate."""
-        handles = [layer.mlp.gate.register_forward_hook(hook) for layer in self.model.model.layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def shadowed(self, weights: Weights) -> tuple[float, ...]:
+        """The same with shadows in the lost experts' places; an expert without one is left out, as the first lower rung does."""
 
-    def _write(self, experts: Mapping[Place, Tensors]) -> None:
-        for (layer, index), tensors in experts.items():
-            experts_of_layer = self.model.model.layers[layer].mlp.experts
-            experts_of_layer.gate_up_proj.data[index] = _torch(tensors["gate_up"])
-            experts_of_layer.down_proj.data[index] = _torch(tensors["down"])
+        def loss_of(places: list[Place]) -> Loss:
+            answered = {place: weights[place] for place in places if place in weights}
+            return Loss(instead=answered, lost=[place for place in places if place not in answered], rungs=("fewer_experts",))
 
-    def _calibration_rows(self, texts: list[str]) -> dict[Place, Array]:
-        seen: dict[Place, list[Array]] = {place: [] for place in self.primaries}
+        return self.rises(loss_of)
 
-        def watch(layer: int) -> Callable[..., None]:
-            def hook(_: object, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-                hidden, chosen = arguments[0], arguments[1]
-                for index in range(self.num_experts):
-                    seen[layer, index].append(hidden[(chosen == index).any(dim=1)].numpy().copy())
 
-            return hook
+def quality(study: Study, checkpoint: Path, texts: Sequence[str], num_rows: int) -> Iterator[Row]:
+    """The controls, what is shipped, every codec, and plans within budgets."""
+    yield Row("dropped", "control", 0.0, 1.0, 0.0, study.rises(lambda places: Loss(lost=places, rungs=("fewer_experts",))))
+    yield Row("next best", "control", 0.0, None, None, _next_best_rises(study))
+    yield from _shipped(study, checkpoint)
+    if not texts:
+        return
+    made = _made(study.subject, texts, num_rows)
+    names = [*(f"{name}{suffix}" for name in CODECS for suffix in ("", " compensated")), *FITTED_CODECS]
+    for name in names:
+        yield _codec_row(study, name, "codec", {expert.place: name for expert in made}, made)
+    plain = [name for name in CODECS if name != "int8"]
+    for kind, offered in (("plan", names), ("plan, nothing fitted", plain)):
+        for fraction in FRACTIONS:
+            plan = planned(made, lambda place: _expert_of(study.subject, place), fraction, offered)
+            picks = {(expert.layer, expert.index): codec for expert, codec in plan.codecs.items() if codec is not None}
+            yield _codec_row(study, f"{kind} {fraction:.0%}", kind, picks, made)
 
-        handles = [layer.mlp.experts.register_forward_pre_hook(watch(number)) for number, layer in enumerate(self.model.model.layers)]
-        for text in texts:
-            bits_per_byte(self.model, self._tokenizer, text, stride=256)
+
+def _shipped(study: Study, checkpoint: Path) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = ExpertStore(Path(folder))
+        manifest = store.import_model(checkpoint, name="shipped", shadow=ShadowSpec())
+        weights: dict[Place, ExpertWeights] = {}
+        for key, record in manifest.shadows.items():
+            place = (int(key.split("/")[0]), int(key.split("/")[1]))
+            weights[place] = wide_weights(study.subject, place, _restored(store, record.version))
+        errors, cosines = ([getattr(record, name) for record in manifest.shadows.values()] for name in ("relative_error", "cosine"))
+        memory = 100 * sum(record.num_bytes for record in manifest.shadows.values()) / study.memory_bytes
+        yield Row("shadows as shipped, 15%", "shipped", memory, float(np.mean(errors)), float(np.mean(cosines)), study.shadowed(weights))
+        layers = load_model(store, manifest.digest).layers
+        compute: dict[int, Compute] = {layer: partial(_served, served.fallbacks) for layer, served in layers.items() if served.fallbacks}
+        sizes = {rung: sum(store.num_bytes(digest) for key, digest in manifest.ladder.items() if key.startswith(rung)) for rung in ("generalist", "dense")}
+        for rungs in LADDERS[1:] if compute else ():
+            rises = study.rises(partial(_lost_to, rungs, compute))
+            yield Row(", then ".join(rungs), "ladder", 100 * sizes[rungs[-1]] / study.memory_bytes, None, None, rises)
+
+
+def _lost_to(rungs: tuple[str, ...], compute: Mapping[int, Compute], places: list[Place]) -> Loss:
+    return Loss(lost=places, rungs=rungs, compute=compute)
+
+
+def _served(fallbacks: Any, rung: str, x_ND: Tensor) -> Tensor:  # noqa: ANN401  (a layer's Fallbacks)
+    """As a router computes it, in the served type."""
+    output: Tensor = fallbacks.compute(rung, x_ND.bfloat16()).float()
+    return output
+
+
+def _restored(store: ExpertStore, version: str) -> dict[str, Any]:
+    blob = store.open(version)
+    assert blob.codec is not None  # noqa: S101  (a shadow has one)
+    assert isinstance(blob.descriptor, ExpertDescriptor)  # noqa: S101
+    return decode(PackedExpert(blob.descriptor, blob.codec, blob.tensors))
+
+
+def _made(subject: Subject, texts: Sequence[str], num_rows: int) -> list[ExpertShadows]:
+    rows = subject.rows(texts, num_rows, context=256)
+    fitted, judged = (dict(zip(rows, parts, strict=True)) for parts in zip(*(layer.split(HELD_SHARE) for layer in rows.values()), strict=True))
+    power = {layer: float(targets_of(subject, layer, seen).output_TD.double().square().sum()) for layer, seen in judged.items()}
+    return list(make_all(subject, fitted, judged, power))
+
+
+def _codec_row(study: Study, name: str, kind: str, picks: Mapping[Place, str], made: Sequence[ExpertShadows]) -> Row:
+    shadows = {expert.place: expert.shadows[picks[expert.place]] for expert in made if expert.place in picks}
+    weights = {place: wide_weights(study.subject, place, decode(shadow.packed)) for place, shadow in shadows.items()}
+    memory = 100 * sum(shadow.packed.num_bytes for shadow in shadows.values()) / study.memory_bytes
+    errors = float(np.mean([shadow.fidelity.relative_error for shadow in shadows.values()]))
+    return Row(name, kind, memory, errors, float(np.mean([shadow.fidelity.cosine for shadow in shadows.values()])), study.shadowed(weights))
+
+
+def _next_best_rises(study: Study) -> tuple[float, ...]:
+    rises = []
+    for gpu in range(NUM_GPUS):
+        indices = sorted({index for _, index in study.subject.lost_with_gpu(gpu, NUM_GPUS)})
+        with _gating(study.subject.model, _take_next_best(indices)):
+            rises.append(study.rise(Loss()))
+    return tuple(rises)
+
+
+@contextmanager
+def _gating(model: Any, hook: Callable[..., object]) -> Iterator[None]:  # noqa: ANN401  (a model of transformers)
+    """Gates choose differently for a while: `hook(module, arguments, output)` of every gate."""
+    handles = [layer.mlp.gate.register_forward_hook(hook) for layer in model.model.layers]
+    try:
+        yield
+    finally:
         for handle in handles:
             handle.remove()
-        return {place: np.concatenate(parts) for place, parts in seen.items()}
-
-
-def quality(subject: Subject, gpus: list[int]) -> Iterator[Row]:
-    """Measure every codec, plain and compensated, then the plan within the budget, then the controls."""
-    measured: dict[str, Shadows] = {}
-    for codec in CODECS.values():
-        for name, is_compensated in ((codec.name, False), (f"{codec.name} compensated", True)):
-            measured[name] = {place: _shadow(subject, place, codec, is_compensated=is_compensated) for place in subject.primaries}
-            yield _row(subject, gpus, name, measured[name])
-    yield _row(subject, gpus, f"plan {MEMORY_FRACTION:.0%}", _planned(subject, [f"{name} compensated" for name in CODECS], measured))
-    for name, hook in (("dropped", _drop), ("next best", _take_next_best)):
-        rises = []
-        for gpu in gpus:
-            with subject.gating(hook(subject.lost(gpu))):
-                rises.append(_rise_percent(subject))
-        yield Row(name, 0.0, 0.0, 1.0, 0.0, tuple(rises))
-
-
-def _shadow(subject: Subject, place: Place, codec: CodecRecord, *, is_compensated: bool) -> tuple[PackedExpert, Fidelity]:
-    rows, primary = subject.rows[place], subject.primaries[place]
-    # What compensation is fitted to is not what fidelity is measured on.
-    fitted, judged = rows[::2], rows[1::2]
-    packed = encode(subject.expert, primary, codec, _inputs(fitted) if is_compensated else None)
-    return packed, fidelity(judged, primary, decode(packed), _forward(subject.expert))
-
-
-def _row(subject: Subject, gpus: list[int], name: str, shadows: Shadows) -> Row:
-    found = [each for _, each in shadows.values()]
-    rises = []
-    for gpu in gpus:
-        lost = {place: decode(packed) for place, (packed, _) in shadows.items() if place[1] in subject.lost(gpu)}
-        with subject.answering(lost):
-            rises.append(_rise_percent(subject))
-    memory = sum(packed.num_bytes for packed, _ in shadows.values()) / (len(subject.primaries) * subject.expert.num_bytes)
-    means = (float(np.mean([each.weight_snr_db for each in found])), float(np.mean([each.relative_error for each in found])))
-    return Row(name, 100 * memory, *means, float(np.mean([each.cosine for each in found])), tuple(rises))
-
-
-def _planned(subject: Subject, names: list[str], measured: Mapping[str, Shadows]) -> Shadows:
-    """The best codec of each expert within the budget; damage is the share of the output's power that is lost, all of it without a shadow."""
-    candidates = []
-    for place in subject.primaries:
-        options = tuple(ShadowOption(name, measured[name][place][0].num_bytes, measured[name][place][1].relative_error ** 2) for name in names)
-        candidates.append(ShadowCandidate(ExpertId("shipped", *place), subject.expert.num_bytes, float(len(subject.rows[place])), 1.0, options))
-    plan = plan_shadows(candidates, MEMORY_FRACTION)
-    picked = {(expert.layer, expert.index): codec for expert, codec in plan.codecs.items()}
-    return {place: measured[codec][place] for place, codec in picked.items() if codec is not None}
-
-
-def _rise_percent(subject: Subject) -> float:
-    return 100 * (subject.score() / subject.exact - 1)
-
-
-def _drop(lost: list[int]) -> Callable[..., object]:
-    """The remaining weights rescaled to the sum the gate gave, as the ladder does."""
-
-    def hook(_: object, __: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits_TE, weights_TK, chosen_TK = output
-        kept_TK = weights_TK * ~torch.isin(chosen_TK, torch.tensor(lost))
-        scale_T1 = weights_TK.sum(dim=1, keepdim=True) / kept_TK.sum(dim=1, keepdim=True)
-        return logits_TE, kept_TK * scale_T1.nan_to_num(posinf=0.0), chosen_TK
-
-    return hook
 
 
 def _take_next_best(lost: list[int]) -> Callable[..., object]:
@@ -232,42 +225,21 @@ def _take_next_best(lost: list[int]) -> Callable[..., object]:
     return hook
 
 
-def _inputs(rows: Array) -> Callable[[str, Tensors], Array]:
-    """The rows that reach each matrix of a SiLU-gated expert whose first matrix is already packed."""
-
-    def inputs(name: str, before: Tensors) -> Array:
-        if name == "gate_up":
-            return rows
-        gate, up = functional.linear(torch.from_numpy(rows), _torch(before["gate_up"])).chunk(2, dim=-1)
-        hidden: Array = (functional.silu(gate) * up).numpy()
-        return hidden
-
-    return inputs
-
-
-def _forward(descriptor: ExpertDescriptor) -> Callable[[Array, Tensors], Array]:
-    """The cluster's own expert arithmetic, in fp32."""
-    wide = descriptor.model_copy(update={"dtype": DType.FP32})
-
-    def forward(rows: Array, tensors: Tensors) -> Array:
-        weights = ExpertWeights(wide, {name: _torch(array) for name, array in tensors.items()}, 0, 0)
-        output: Array = expert_forward(torch.from_numpy(rows), weights).numpy()
-        return output
-
-    return forward
+def _expert_of(subject: Subject, place: Place) -> ExpertDescriptor:
+    return next(entry.expert for entry in subject.descriptor.layers if entry.layer == place[0])
 
 
 def print_timings() -> None:
     """Processor time of packing and expanding one expert."""
     rng = np.random.default_rng(0)
-    tensors = {name: (0.02 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16) for name, shape in _TIMED_EXPERT.tensor_shapes().items()}
     rows = rng.standard_normal((2048, _TIMED_EXPERT.hidden_size)).astype(np.float32)
-    for codec in CODECS.values():
-        packed, pack_s = _timed(partial(encode, _TIMED_EXPERT, tensors, codec), 3)
-        _, compensated_s = _timed(partial(encode, _TIMED_EXPERT, tensors, codec, _inputs(rows)), 1)
+    for codec in (*CODECS.values(), *(codec for codec in FITTED_CODECS.values() if not codec.inner_percent)):
+        tensors = {name: (0.02 * rng.standard_normal(shape)).astype(ml_dtypes.bfloat16) for name, shape in _TIMED_EXPERT.tensor_shapes().items()}
+        packed, pack_s = _timed(partial(encode, _TIMED_EXPERT, tensors, codec), 2)
+        _, compensated_s = _timed(partial(encode, _TIMED_EXPERT, tensors, codec, inputs_of(_TIMED_EXPERT, rows)), 1)
         _, expand_s = _timed(partial(decode, packed), 15)
         percent = 100 * packed_bytes(_TIMED_EXPERT, codec) / _TIMED_EXPERT.num_bytes
-        print(f"{codec.name:5s} {percent:6.2f} %  pack {pack_s:.2f} s, compensated {compensated_s:.2f} s, expand {1e3 * expand_s:.1f} ms", flush=True)
+        print(f"{codec.name:12s} {percent:6.2f} %  pack {pack_s:.2f} s, fitted {compensated_s:.2f} s, expand {1e3 * expand_s:.1f} ms", flush=True)
 
 
 def _timed(work: Callable[[], Result], repetitions: int) -> tuple[Result, float]:
@@ -280,12 +252,8 @@ def _timed(work: Callable[[], Result], repetitions: int) -> tuple[Result, float]
     return result, min(times)
 
 
-def _cut(text: str, start: int, num_bytes: int) -> str:
-    return text.encode()[start : start + num_bytes].decode(errors="ignore")
-
-
-def _torch(array: Array) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32))
+def _start(raw: bytes, num_bytes: int) -> str:
+    return raw[:num_bytes].decode(errors="ignore")
 
 
 if __name__ == "__main__":

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
-from typing import Any
 
 import numpy as np
 
-from cluster.core.errors import DeadlineExceeded, InvalidRequest, MoeError, ReplicaRejected, ReplicaUnavailable
-from cluster.core.link_frames import Pong, Result
+from cluster.core.errors import DeadlineExceeded, MoeError, ReplicaRejected, ReplicaUnavailable
+from cluster.core.link_frames import Pong, Result, Warm
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint
-from router_service.core.batching import Lane, LaneLimits, PieceRows, RunOffer, TokenBudget
-from router_service.core.segments import Rows, SegmentReply, SegmentRequest
+from router_service.core.balance import Pace
+from router_service.core.batching import Lane, LaneLimits, PieceRows, TokenBudget
+from router_service.core.segment_offer import offer_of
+from router_service.core.segments import OnEnd, Rows, SegmentReply, SegmentRequest, Withdraw
+from router_service.core.verdicts import State
+from router_service.lane_watch import LaneWatch
 from router_service.link_client import LinkClient, LinkPhase
 
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
 _SETTLED_S = 1.0
+_LEAST_FRAME_S = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +43,8 @@ class LinkState:
     bytes_sent: int
     bytes_received: int
     num_connects: int
-
-
-class _Awaited(asyncio.Future[SegmentReply]):
-    """What `begin` gives out; whoever cancels it withdraws the rows in the same moment."""
-
-    withdraw: Callable[[], None]
-
-    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ANN401  (as asyncio declares it)
-        """Withdraw, unless the answer is here."""
-        is_cancelled = super().cancel(msg)
-        if is_cancelled:
-            self.withdraw()
-        return is_cancelled
+    standing: State = State.HEALTHY
+    evidence: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +53,7 @@ class _Waiter:
 
     request: SegmentRequest
     rows: Rows
-    future: asyncio.Future[SegmentReply]
+    on_end: OnEnd
     offered_s: float
     sent_s: float = 0.0
     queue_s: float = 0.0
@@ -80,8 +73,10 @@ class _Totals:
 class ActorLane:
     """Rows to one incarnation of an actor. `start` opens the link and keeps it open; `retire` ends it after the last reply."""
 
-    def __init__(self, endpoint: ActorEndpoint, key: bytes, *, router_id: str, limits: LinkLimits, budget: TokenBudget, rng: Random) -> None:
+    def __init__(self, endpoint: ActorEndpoint, key: bytes, *, router_id: str, limits: LinkLimits, budget: TokenBudget, rng: Random, watch: LaneWatch) -> None:
         self.endpoint = endpoint
+        self.name = str(endpoint.incarnation)
+        self._watch = watch
         self._key = key
         self._router_id = router_id
         self._limits = limits
@@ -89,6 +84,7 @@ class ActorLane:
         self._loop = asyncio.get_running_loop()
         own = LaneLimits(limits.max_tokens_per_frame, limits.max_frame_bytes, limits.frames_in_flight, limits.min_overlapping_tokens)
         self._lane = Lane(endpoint.incarnation.generation, own, budget)
+        self._pace = Pace()
         self._waiters: dict[int, _Waiter] = {}
         self._link: LinkClient | None = None
         self._lost: asyncio.Future[None] = self._loop.create_future()
@@ -108,6 +104,12 @@ class ActorLane:
     def pending_tokens(self) -> int:
         """Rows that wait for a frame or are under way in one."""
         return self._lane.pending_tokens
+
+    @property
+    def burden(self) -> float:
+        """About how long one more frame would take: what frames take of late, times those before it and itself."""
+        num_before = self._lane.num_frames_in_flight + bool(self._lane.queued_tokens)
+        return max(_LEAST_FRAME_S, self._pace.frame_s(self._loop.time())) * (1 + num_before)
 
     @property
     def is_idle(self) -> bool:
@@ -132,22 +134,42 @@ class ActorLane:
             num_connects=self._totals.connects,
         )
 
-    def begin(self, request: SegmentRequest) -> asyncio.Future[SegmentReply]:
+    def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
         """Begin to carry one segment; see `Lanes.begin`."""
-        future = _Awaited(loop=self._loop)
         try:
             self._check_open()
-            rows, offer = _checked(request)
+            rows, offer = offer_of(request)
             now_s = self._loop.time()
             run_id = self._lane.offer(offer, now_s)
         except MoeError as error:
-            future.set_exception(error)
-            return future
-        future.withdraw = lambda: self._withdraw(run_id)
-        self._waiters[run_id] = _Waiter(request, rows, future, now_s)
+            on_end(error)
+            return nothing
+        self._waiters[run_id] = _Waiter(request, rows, on_end, now_s)
         self.idle.clear()
         self._pump_soon()
-        return future
+        return partial(self._withdraw, run_id)
+
+    def eject(self, reason: str) -> None:
+        """Nobody here waits any longer: all rows may go elsewhere. What is under way still counts in the actor's window, and its answer as a sign of life."""
+        for run_id in self._lane.abandon():
+            self._fail(run_id, ReplicaUnavailable(reason))
+        self._settle()
+
+    def try_again(self) -> None:
+        """The actor is on trial: what it never answered no longer holds its window."""
+        self._lane.forget_abandoned()
+        self._settle()
+        self._pump_soon()
+
+    def probe(self) -> None:
+        """Ask the actor for its progress."""
+        if self._link is not None:
+            self._link.probe()
+
+    def warm(self, warm: Warm) -> None:
+        """Hint that rows for a shadow are likely."""
+        if self._link is not None and self._link.phase is LinkPhase.READY:
+            self._link.send(warm)
 
     async def retire(self, reason: str, timeout_s: float) -> None:
         """Leave after the last reply, or after `timeout_s` without it. Whoever still waits then gets ReplicaUnavailable."""
@@ -163,6 +185,7 @@ class ActorLane:
             self._link.leave(reason)
             self._end_link()
         self.settled.set()
+        self._watch.left(self)
         self._lose_all(ReplicaUnavailable(f"the router left {self.endpoint.incarnation}: {reason}"))
 
     def _check_open(self) -> None:
@@ -188,6 +211,7 @@ class ActorLane:
                 waiter = self._waiters[piece.run_id]
                 waiter.sent_s = waiter.sent_s or now_s
             rows = [self._waiters[piece.run_id].rows[piece.start : piece.stop].data for piece in plan.pieces]
+            self._watch.sent(self, plan.num_tokens)
             self._link.send(plan.forward, rows)
         for run_id in self._lane.expire(now_s):
             self._fail(run_id, DeadlineExceeded(f"the deadline passed while rows waited for {self.endpoint.incarnation}"))
@@ -202,6 +226,9 @@ class ActorLane:
     def _on_result(self, result: Result, body: memoryview) -> None:
         now_s = self._loop.time()
         outcome = self._lane.frame_done(result, now_s)
+        if outcome.num_tokens:
+            self._pace.learn(outcome.took_s, now_s)
+            self._watch.answered(self, outcome.num_tokens, outcome.took_s)
         for piece in outcome.rows:
             self._deliver(piece, result, body, now_s)
         for run_id, error in outcome.failed:
@@ -225,7 +252,7 @@ class ActorLane:
         waiter.compute_s += result.compute_s
         if piece.is_complete:
             del self._waiters[piece.run_id]
-            waiter.future.set_result(self._reply(waiter, now_s))
+            waiter.on_end(self._reply(waiter, now_s))
 
     def _reply(self, waiter: _Waiter, now_s: float) -> SegmentReply:
         request, answer = waiter.request, waiter.answer
@@ -248,7 +275,7 @@ class ActorLane:
         """Each caller gets an exception of its own: a traceback belongs to one task."""
         waiter = self._waiters.pop(run_id, None)
         if waiter is not None:
-            waiter.future.set_exception(type(error)(f"{self.endpoint.incarnation}: {error}"))
+            waiter.on_end(type(error)(f"{self.endpoint.incarnation}: {error}"))
 
     def _lose_all(self, error: MoeError) -> None:
         for run_id in self._lane.lose():
@@ -273,6 +300,8 @@ class ActorLane:
     def _on_lost(self, error: MoeError) -> None:
         """Tell everybody at once: each of them may have another copy to turn to."""
         self._reason = str(error)
+        if self._link is not None:
+            self._watch.lost(self)
         self._end_link()
         self._lose_all(ReplicaUnavailable(self._reason))
 
@@ -311,7 +340,11 @@ class ActorLane:
             on_result=self._on_result,
             on_lost=self._on_lost,
             on_goodbye=self._on_goodbye,
+            on_progress=self._on_progress,
         )
+
+    def _on_progress(self, progress: Pong) -> None:
+        self._watch.heard(self, progress)
 
     def _use(self, link: LinkClient) -> None:
         self._totals.connects += 1
@@ -321,6 +354,7 @@ class ActorLane:
         max_frame_bytes, overlap = min(welcome.max_frame_bytes, own.max_frame_bytes), min(own.min_overlapping_tokens, welcome.max_tokens_per_frame)
         self._lane.set_limits(LaneLimits(welcome.max_tokens_per_frame, max_frame_bytes, welcome.frames_in_flight, overlap))
         self._link = link
+        self._watch.joined(self)
         self.settled.set()
         self._pump_soon()
         self._settle()
@@ -331,28 +365,5 @@ class ActorLane:
         return ceiling_s * (0.5 + 0.5 * self._rng.random())
 
 
-def _checked(request: SegmentRequest) -> tuple[Rows, RunOffer]:
-    rows = np.asarray(request.rows)
-    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != request.row_bytes or not rows.flags.c_contiguous:  # noqa: PLR2004  (rows, columns)
-        message = f"rows must be contiguous uint8 [n, {request.row_bytes}] for dim {request.dim} of {request.dtype}"
-        raise InvalidRequest(message, field="rows")
-    try:
-        version = bytes.fromhex(request.copy.version)
-    except ValueError:
-        message = "the version of a copy must be a digest in hex"
-        raise InvalidRequest(message, field="copy.version") from None
-    offer = RunOffer(
-        flow=request.flow,
-        expert=request.expert,
-        version=version,
-        role=request.copy.role,
-        dtype=request.dtype,
-        dim=request.dim,
-        attempt=request.attempt,
-        num_rows=len(rows),
-        deadline_s=request.deadline_s,
-        exact=request.exact,
-        epoch=request.epoch,
-        traceparent=request.traceparent,
-    )
-    return rows, offer
+def nothing() -> None:
+    """Withdraws what never began."""

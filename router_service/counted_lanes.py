@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
+from functools import partial
 
+from cluster.core.errors import MoeError
 from cluster.core.ids import ExpertId
 from cluster.telemetry.metrics import RouterMetrics
-from router_service.lanes import SegmentReply, SegmentRequest
-from router_service.pipeline import LanesPort
+from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
+from router_service.dispatcher import LanesPort
 
 
 class CountedLanes:
@@ -21,28 +22,26 @@ class CountedLanes:
         self._expert_series = expert_series
         self._loads: Counter[ExpertId] = Counter()
 
-    def begin(self, request: SegmentRequest) -> asyncio.Future[SegmentReply]:
-        """Begin, and count the rows once: a retry of the same segment is no new load."""
+    def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
+        """Begin, and count the rows once: a further try of the same segment is no new load."""
         if request.attempt == 0:
             self._loads[request.expert] += len(request.rows)
             if self._expert_series:
                 expert = request.expert
                 self._metrics.expert_tokens(expert.model, expert.layer, {expert.index: len(request.rows)})
         else:
-            self._metrics.redispatched("failover")
-        future = self._lanes.begin(request)
-        future.add_done_callback(self._count_bytes)
-        return future
+            self._metrics.redispatched("hedge" if request.is_hedge else "failover")
+        return self._lanes.begin(request, partial(self._ended, on_end))
 
-    def _count_bytes(self, ended: asyncio.Future[SegmentReply]) -> None:
-        if not ended.cancelled() and ended.exception() is None:
-            reply = ended.result()
-            self._metrics.link_bytes("sent", reply.bytes_sent)
-            self._metrics.link_bytes("received", reply.bytes_received)
+    def _ended(self, on_end: OnEnd, outcome: SegmentReply | MoeError) -> None:
+        if isinstance(outcome, SegmentReply):
+            self._metrics.link_bytes("sent", outcome.bytes_sent)
+            self._metrics.link_bytes("received", outcome.bytes_received)
+        on_end(outcome)
 
-    def queued_tokens(self, actor_id: str) -> int:
-        """Rows that wait for an actor."""
-        return self._lanes.queued_tokens(actor_id)
+    def burden(self, actor_id: str) -> float:
+        """About how long one more frame would take at an actor."""
+        return self._lanes.burden(actor_id)
 
     def take_loads(self) -> Counter[ExpertId]:
         """Rows by expert since the last call."""

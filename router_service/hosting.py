@@ -17,8 +17,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final, TypeVar
 
+import uvloop
+
 from cluster.core.actor_config import RouterConfig
 from cluster.core.status import RouterObservation
+from cluster.heap import settle_heap
 from router_service.models import GateStore
 from router_service.server import RouterActor, RouterSecrets
 
@@ -39,7 +42,7 @@ class RouterHost:
         self._router = RouterActor(config, secrets, store=store, on_fault=self._leave)
         self._leave_process = leave_process
         self._drain_timeout_s = config.spec.router.drain_timeout_s
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router-loop", daemon=True)
 
     async def start(self, node_id: str) -> RouterObservation:
@@ -47,7 +50,9 @@ class RouterHost:
         if self._thread.ident is None:
             self._thread.start()
             _before_exit(self._stop_at_exit)
-        return await self._there(self._router.start(node_id))
+        observation = await self._there(self._router.start(node_id))
+        settle_heap()
+        return observation
 
     async def report(self) -> RouterObservation:
         """As `RouterActor.report`; answered here while the router has no loop."""

@@ -24,7 +24,8 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge, MoeError, Unauthenticated
 from router_service.admission import ByteBudget, ByteLease, Liars, RequestLimit
-from router_service.auth import OPEN_TENANT, Tenants
+from router_service.auth import Tenants
+from router_service.caller import tenant_of_call
 from router_service.errors import abort
 from router_service.wire import SIZE_KEY
 
@@ -41,7 +42,6 @@ SMALL_DIGITS: Final = 6
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Refused = Callable[[str, MoeError], None]
-tenant_of_call: ContextVar[str] = ContextVar("moelastic_tenant", default=OPEN_TENANT)
 admitted_bytes: ContextVar[int] = ContextVar("moelastic_admitted_bytes", default=0)
 
 

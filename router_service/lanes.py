@@ -7,14 +7,15 @@ import contextlib
 from collections.abc import Mapping
 from random import Random
 
-from cluster.core.errors import DeadlineExceeded, NotReady, ReplicaUnavailable
+from cluster.core.errors import DeadlineExceeded, MoeError, NotReady, ReplicaUnavailable
 from cluster.core.ids import Incarnation
 from cluster.core.link_frames import derive_link_key
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint, RoutingTable
-from router_service.actor_lane import ActorLane, LinkState
+from router_service.actor_lane import ActorLane, LinkState, nothing
 from router_service.core.batching import TokenBudget
-from router_service.core.segments import SegmentReply, SegmentRequest
+from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
+from router_service.lane_watch import LaneWatch, NoWatch
 
 __all__ = ["Lanes", "LinkState", "SegmentReply", "SegmentRequest"]
 
@@ -33,13 +34,16 @@ class Lanes:
         max_queued_tokens: int = 262_144,
         drain_timeout_s: float = 10.0,
         rng: Random | None = None,
+        watch: LaneWatch | None = None,
     ) -> None:
+        """`watch` is told of every actor's signs of life."""
         self._router_id = router_id
         self._link_secret = link_secret
         self._limits = limits or LinkLimits()
         self._budget = TokenBudget(max_queued_tokens)
         self._drain_timeout_s = drain_timeout_s
         self._rng = rng or Random()  # noqa: S311  (jitter, not a secret)
+        self._watch = watch or NoWatch()
         self._lanes: dict[Incarnation, ActorLane] = {}
         self._leaving: dict[ActorLane, asyncio.Task[None]] = {}
         self._is_closed = False
@@ -63,32 +67,43 @@ class Lanes:
                 return True
         return False
 
-    def begin(self, request: SegmentRequest) -> asyncio.Future[SegmentReply]:
-        """Begin to carry rows to one copy; the future brings its output. Cancelling the future withdraws the rows.
+    def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
+        """Begin to carry rows to one copy; `on_end` is called once with its output or an error, maybe at once. Calling what this gives withdraws the rows.
 
-        It fails with ReplicaRejected (the copy refuses), ReplicaUnavailable (no link, or it was lost), ReplicaFaulted (its forward raised),
-        DeadlineExceeded, Overloaded (too many rows wait, with the time to wait), InvalidRequest (rows that are not what they say); never by itself
-        because time passes while a frame is under way: the caller keeps the deadline. Raises NotReady when the router is stopping.
+        Errors: ReplicaRejected (the copy refuses), ReplicaUnavailable (no link, it was lost, or the actor was ejected), ReplicaFaulted (its forward
+        raised), ReplicaCorrupt (wrong numbers), DeadlineExceeded, Overloaded (too many rows wait, with the time to wait), InvalidRequest (rows that are
+        not what they say); never by itself because time passes while a frame is under way: the caller keeps the deadline.
+        Raises NotReady when the router is stopping.
         """
         lane = self._lane_of(request.copy.incarnation)
         if lane is None:
-            refused: asyncio.Future[SegmentReply] = asyncio.get_running_loop().create_future()
-            refused.set_exception(ReplicaUnavailable(f"{request.copy.incarnation} is not in the routing table of this router"))
-            return refused
-        return lane.begin(request)
+            on_end(ReplicaUnavailable(f"{request.copy.incarnation} is not in the routing table of this router"))
+            return nothing
+        return lane.begin(request, on_end)
 
     async def submit(self, request: SegmentRequest) -> SegmentReply:
-        """Carry rows to one copy and wait for its output, until the deadline at most. Raises what the future of `begin` fails with."""
+        """Carry rows to one copy and wait for its output, until the deadline at most. Raises what `begin` ends with."""
+        ended: asyncio.Future[SegmentReply | MoeError] = asyncio.get_running_loop().create_future()
+        withdraw = self.begin(request, ended.set_result)
         try:
             async with asyncio.timeout_at(request.deadline_s):
-                return await self.begin(request)
+                outcome = await ended
         except TimeoutError:
             message = f"the deadline passed before {request.copy.incarnation} answered"
             raise DeadlineExceeded(message) from None
+        finally:
+            withdraw()
+        if isinstance(outcome, MoeError):
+            raise outcome
+        return outcome
 
     def queued_tokens(self, actor_id: str) -> int:
-        """Rows that wait for this actor or are under way to it: what a balancer compares."""
+        """Rows that wait for this actor or are under way to it."""
         return sum(lane.pending_tokens for incarnation, lane in self._lanes.items() if incarnation.actor_id == actor_id)
+
+    def burden(self, actor_id: str) -> float:
+        """About how long one more frame would take at this actor: what a balancer compares."""
+        return max((lane.burden for incarnation, lane in self._lanes.items() if incarnation.actor_id == actor_id), default=0.0)
 
     def status(self) -> list[LinkState]:
         """Every link of the table, ordered by incarnation."""
@@ -109,7 +124,7 @@ class Lanes:
         for incarnation, endpoint in wanted.items():
             if incarnation not in self._lanes:
                 key = derive_link_key(self._link_secret, incarnation)
-                lane = ActorLane(endpoint, key, router_id=self._router_id, limits=self._limits, budget=self._budget, rng=self._rng)
+                lane = ActorLane(endpoint, key, router_id=self._router_id, limits=self._limits, budget=self._budget, rng=self._rng, watch=self._watch)
                 self._lanes[incarnation] = lane
                 lane.start()
 

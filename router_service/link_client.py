@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Self
 
 from cluster.core.errors import InvalidRequest, MoeError, ReplicaUnavailable
-from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Welcome
+from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Warm, Welcome
 from cluster.core.link_handshake import RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import printable
@@ -31,7 +31,8 @@ class LinkPhase(StrEnum):
 class LinkClient:
     """One connection to one incarnation.
 
-    `on_result(result, body)` gets every Result; the body is the receiver's to keep. `on_goodbye(reason)`: send nothing more, close when idle.
+    `on_result(result, body)` gets every Result; the body is the receiver's to keep. `on_progress(pong)` gets every Pong.
+    `on_goodbye(reason)`: send nothing more, close when idle.
     `on_lost(error)` is called once when an established link ends for any reason but `close`.
     """
 
@@ -43,6 +44,7 @@ class LinkClient:
         on_result: Callable[[Result, memoryview], None],
         on_lost: Callable[[MoeError], None],
         on_goodbye: Callable[[str], None],
+        on_progress: Callable[[Pong], None],
     ) -> None:
         self.endpoint = endpoint
         self.phase = LinkPhase.CONNECTING
@@ -52,6 +54,7 @@ class LinkClient:
         self._on_result = on_result
         self._on_lost = on_lost
         self._on_goodbye = on_goodbye
+        self._on_progress = on_progress
         self._loop = asyncio.get_running_loop()
         self._stream: FrameStream | None = None
         self._side: RouterSide | None = None
@@ -72,12 +75,13 @@ class LinkClient:
         on_result: Callable[[Result, memoryview], None],
         on_lost: Callable[[MoeError], None],
         on_goodbye: Callable[[str], None],
+        on_progress: Callable[[Pong], None] = lambda _: None,
     ) -> Self:
         """Connect and shake hands within `connect_timeout_s`.
 
         Raises ReplicaUnavailable (nobody answers), ReplicaRejected (another generation lives there), Unauthenticated, ProtocolMismatch, Overloaded.
         """
-        link = cls(endpoint, limits=limits, on_result=on_result, on_lost=on_lost, on_goodbye=on_goodbye)
+        link = cls(endpoint, limits=limits, on_result=on_result, on_lost=on_lost, on_goodbye=on_goodbye, on_progress=on_progress)
         link._side = RouterSide(endpoint.incarnation, key, secrets.token_bytes(NONCE_BYTES), router_id)
         try:
             async with asyncio.timeout(limits.connect_timeout_s):
@@ -106,10 +110,16 @@ class LinkClient:
         """Bytes this link brought."""
         return self._stream.bytes_received if self._stream is not None else 0
 
-    def send(self, frame: Forward | Cancel, buffers: Buffers = ()) -> None:
+    def send(self, frame: Forward | Cancel | Warm, buffers: Buffers = ()) -> None:
         """Send a frame; on a closed link nothing happens, `on_lost` has said it. The buffers must keep their content until the Result."""
         if self._stream is not None:
             self._stream.send(frame, buffers)
+
+    def probe(self) -> None:
+        """Ask for progress now, without waiting for the next heartbeat."""
+        if self._stream is not None and self.phase in (LinkPhase.READY, LinkPhase.DRAINING):
+            self._num_pings += 1
+            self._stream.send(Ping(self._num_pings))
 
     def leave(self, reason: str) -> None:
         """Say Goodbye and close once everything is sent."""
@@ -172,6 +182,7 @@ class LinkClient:
                 self._on_result(frame, body)
             case Pong():
                 self.progress = frame
+                self._on_progress(frame)
             case Goodbye():
                 self.phase = LinkPhase.DRAINING
                 self._on_goodbye(printable(frame.reason))

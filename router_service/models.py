@@ -1,4 +1,4 @@
-"""Models as a router serves them: the manifest from the node-local store, and a gate for every layer. Experts stay with the actors."""
+"""Models as a router serves them: the manifest from the node-local store, a gate for every layer, and what the ladder has. Experts stay with the actors."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ml_dtypes
-import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from actors.blob_files import StoredBlob
 from cluster.core.descriptors import DType, LayerDescriptor, Manifest
 from cluster.core.errors import NotFound
 from router_service.core.gate import Gate
+from router_service.core.tensors import as_tensor
+from router_service.fallbacks import Fallbacks, layer_fallbacks, listed_fallbacks
+
+__all__ = ["GateStore", "ServedLayer", "ServedModel", "as_tensor", "find_model", "load_model", "make_model"]
 
 MAX_NAME_CHARACTERS = 128
-
-
-class GateBlob(Protocol):
-    """What is read of a stored gate."""
-
-    @property
-    def tensors(self) -> Mapping[str, NDArray[Any]]:
-        """Its tensors by name."""
-        ...
 
 
 class GateStore(Protocol):
@@ -34,18 +27,19 @@ class GateStore(Protocol):
         """A manifest by its digest."""
         ...
 
-    def open(self, digest: str) -> GateBlob:
+    def open(self, digest: str) -> StoredBlob:
         """A blob by its digest. Raises CheckpointError when a byte is wrong."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServedLayer:
-    """One MoE layer with its gate. `dtype` is what experts compute in."""
+    """One MoE layer with its gate. `dtype` is what experts compute in; `fallbacks` what stands in for lost experts, where the model has a ladder."""
 
     descriptor: LayerDescriptor
     dtype: DType
     gate: Gate
+    fallbacks: Fallbacks | None = None
 
     @property
     def width(self) -> int:
@@ -81,19 +75,25 @@ class ServedModel:
 
 
 def load_model(store: GateStore, digest: str) -> ServedModel:
-    """A model from its manifest's digest. Reads the disk; raises CheckpointError when a gate is missing, wrong or does not fit its descriptor."""
+    """A model from its manifest's digest. Reads the disk; raises CheckpointError when a gate or fallback is missing, wrong or does not fit its layer."""
     manifest = store.manifest(digest)
     tensors = {entry.layer: store.open(manifest.gates[str(entry.layer)]).tensors for entry in manifest.model.layers}
-    return make_model(manifest, digest, tensors)
+    fallbacks = {}
+    for entry in manifest.model.layers:
+        blobs = {rung: store.open(listed) for rung, listed in listed_fallbacks(manifest, entry.layer).items()}
+        fallbacks[entry.layer] = layer_fallbacks(manifest, entry, blobs)
+    return make_model(manifest, digest, tensors, fallbacks)
 
 
-def make_model(manifest: Manifest, digest: str, gate_tensors: Mapping[int, Mapping[str, NDArray[Any]]]) -> ServedModel:
-    """A model from its manifest and the tensors of each layer's gate. Raises CheckpointError."""
+def make_model(
+    manifest: Manifest, digest: str, gate_tensors: Mapping[int, Mapping[str, NDArray[Any]]], fallbacks: Mapping[int, Fallbacks | None] | None = None
+) -> ServedModel:
+    """A model from its manifest, the tensors of each layer's gate, and each layer's fallbacks where there are any. Raises CheckpointError."""
     dtype = manifest.model.dtype
     layers = {}
     for entry in manifest.model.layers:
         tensors = {name: as_tensor(array) for name, array in gate_tensors[entry.layer].items()}
-        layers[entry.layer] = ServedLayer(entry, dtype, Gate(entry.gate, tensors, dtype))
+        layers[entry.layer] = ServedLayer(entry, dtype, Gate(entry.gate, tensors, dtype), (fallbacks or {}).get(entry.layer))
     return ServedModel(manifest, digest, layers)
 
 
@@ -105,10 +105,3 @@ def find_model(models: Mapping[str, ServedModel], name: str) -> ServedModel:
         message = f"model {shown!r} is not served here; served: {', '.join(sorted(models)) or 'none yet'}"
         raise NotFound(message, resource="model", name=shown)
     return found
-
-
-def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor with a copy of an array; bf16 comes as ml_dtypes.bfloat16, which torch does not know."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())

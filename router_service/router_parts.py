@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cluster.core.actor_config import RouterConfig, TelemetryConfig
@@ -14,13 +14,19 @@ from cluster.core.descriptors import ModelDescriptor
 from cluster.core.errors import ConfigError
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import RoutingTable
-from cluster.core.spec import ClusterSpec
+from cluster.core.spec import ClusterSpec, LivenessSpec
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Tracing
+from router_service.actor_health import ActorHealth
 from router_service.auth import Tenants, operators_of
 from router_service.core.dispatch_limits import DispatchLimits
+from router_service.core.hedging import HedgeBudget, Lateness
+from router_service.core.liveness import Liveness
+from router_service.core.trust import Trust
+from router_service.core.verdicts import LivenessLimits, State
 from router_service.counted_lanes import CountedLanes
 from router_service.counters import Counters
+from router_service.dispatcher import Hedging
 from router_service.front import RpcFront, TlsFiles, may_reflect
 from router_service.health import HealthBoard
 from router_service.interceptors import AdmissionLimits
@@ -58,12 +64,24 @@ class RouterParts:
         self.metrics = RouterMetrics(version=config.code_digest[:12])
         self.counters = Counters(time.monotonic, self.metrics)
         self.models = ServedModels(store)
-        self.lanes = _lanes(config, secrets)
+        self.trust = Trust()
+        self.actor_health = ActorHealth(Liveness(liveness_limits(spec.liveness)), self.trust, self.metrics)
+        self.lanes = _lanes(config, secrets, self.actor_health)
         self.counted = CountedLanes(self.lanes, self.metrics, expert_series=spec.telemetry.expert_load_series)
         limit = spec.router.max_tokens_per_request
+        self._window_rows = spec.actors.frames_in_flight * spec.actors.max_tokens_per_frame
         self.pipeline = Pipeline(
-            self.counted, self.models.current, lambda: self.table, rng, tracing=self.tracing, max_tokens=limit, limits=_dispatch_limits(spec)
+            self.counted,
+            self.models.current,
+            lambda: self.table,
+            rng,
+            tracing=self.tracing,
+            trust=self.trust,
+            hedging=_hedging(spec),
+            max_tokens=limit,
+            limits=_dispatch_limits(spec),
         )
+        self.actor_health.on_pulse = self.pipeline.dispatcher.pulse
         self.feed = TableFeed(config.control_address, secrets.control_token, router_id=config.router_id, adopt=adopt, rng=rng)
         self.health = HealthBoard()
         self.servicer = RouterServicer(
@@ -84,6 +102,24 @@ class RouterParts:
         reflects = may_reflect(spec.router.reflection, spec.router.host)
         self.front = RpcFront(self.servicer, self.health, self.counters, limits=_admission_limits(spec), tenants=tenants, has_reflection=reflects)
 
+    def adopt(self, table: RoutingTable) -> None:
+        """Use a table, whose models and links are ready."""
+        self.table = table
+        self.actor_health.adopt(table)
+        hedging = self.pipeline.dispatcher.hedging
+        if hedging is not None:
+            windows = 2 * self._window_rows * max(1, len(table.actors))
+            hedging.budget.set_burst(windows)
+        self.measure_table(table)
+
+    def links(self) -> list[LinkState]:
+        """Every link of the table, with what is thought of its actor."""
+        health = self.actor_health
+        return [replace(link, standing=health.state(name), evidence=health.evidence.get(name, "")) for name, link in self._named_links()]
+
+    def _named_links(self) -> Iterable[tuple[str, LinkState]]:
+        return ((str(link.endpoint.incarnation), link) for link in self.lanes.status())
+
     def descriptors(self) -> dict[str, ModelDescriptor]:
         """Every model whose gates are loaded."""
         return {name: model.manifest.model for name, model in self.models.current.items()}
@@ -95,7 +131,7 @@ class RouterParts:
 
     def facts(self) -> RouterFacts:
         """The router as it is now."""
-        links = tuple(_view(link) for link in self.lanes.status())
+        links = tuple(_view(link) for link in self.links())
         feed = self.feed
         return RouterFacts(self.table, feed.table_age_s, feed.router_generation, feed.is_connected, self.is_draining, links)
 
@@ -117,6 +153,7 @@ class RouterParts:
 
     async def close(self, timeout_s: float) -> None:
         """Let go of everything but the listening server."""
+        self.actor_health.close()
         await self.feed.close()
         await self.lanes.close(timeout_s)
         self.metrics.close()
@@ -134,7 +171,20 @@ def tls_of(spec: ClusterSpec) -> TlsFiles | None:
     return TlsFiles(cert, key)
 
 
-def _lanes(config: RouterConfig, secrets: RouterSecrets) -> Lanes:
+def liveness_limits(spec: LivenessSpec) -> LivenessLimits:
+    """The section of the spec, as liveness takes it."""
+    return LivenessLimits(**spec.model_dump())
+
+
+def _hedging(spec: ClusterSpec) -> Hedging | None:
+    wanted = spec.hedging
+    if not wanted.enabled:
+        return None
+    burst_rows = 2 * spec.actors.frames_in_flight * spec.actors.max_tokens_per_frame
+    return Hedging(Lateness(wanted.quantile, wanted.min_delay_s), HedgeBudget(wanted.budget_fraction, burst_rows))
+
+
+def _lanes(config: RouterConfig, secrets: RouterSecrets, watch: ActorHealth) -> Lanes:
     link, actors = config.spec.link, config.spec.actors
     limits = LinkLimits(
         max_frame_bytes=link.max_frame_bytes,
@@ -149,6 +199,7 @@ def _lanes(config: RouterConfig, secrets: RouterSecrets) -> Lanes:
         limits=limits,
         max_queued_tokens=config.spec.router.max_queued_tokens,
         drain_timeout_s=config.spec.router.drain_timeout_s,
+        watch=watch,
     )
 
 
@@ -178,7 +229,7 @@ def _view(link: LinkState) -> LinkView:
         generation=endpoint.incarnation.generation,
         node_id=endpoint.node_id,
         address=f"{endpoint.host}:{endpoint.port}",
-        state=_STATES[link.phase],
+        state=_STATES[link.phase] if link.standing is State.HEALTHY else link.standing.value,
         queued_tokens=link.queued_tokens,
         frames_in_flight=link.frames_in_flight,
         last_heard_age_s=link.last_heard_age_s,

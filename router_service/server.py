@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_HOST: Final = "127.0.0.1"
 LOOK_S: Final = 0.1
+MIN_PAUSE_S: Final = 0.02
 REPORT_S: Final = 1.0
 SETTLE_S: Final = 1.0
 CLOSE_S: Final = 0.5
@@ -143,6 +144,7 @@ class RouterActor:
         return port
 
     def _follow(self, parts: RouterParts) -> None:
+        parts.actor_health.start()
         self._tasks = [asyncio.create_task(parts.feed.run(), name="table-feed"), asyncio.create_task(self._look(parts), name="router-look")]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -174,23 +176,25 @@ class RouterActor:
             if parts.table is None:
                 await parts.lanes.wait_until_settled(SETTLE_S)
             parts.models.put(models)
-            parts.table = table
+            parts.adopt(table)
             await parts.health.update(table.models, parts.complete_models())
-            parts.measure_table(table)
 
     async def _look(self, parts: RouterParts) -> None:
-        """Tell the controller what is seen: lost links at once, loads every REPORT_S; and try again models that could not be loaded."""
-        reported_s, known_lost = time.monotonic(), frozenset[str]()
+        """Tell the controller what is seen: lost and ejected actors at once, loads every REPORT_S; and try again models that could not be loaded."""
+        reported_s, known_lost, changed = time.monotonic(), frozenset[str](), parts.actor_health.changed
         while True:
-            await asyncio.sleep(LOOK_S)
-            links = parts.lanes.status()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), LOOK_S)
+            links = parts.links()
             parts.measure_links(links)
             lost = frozenset(str(link.endpoint.incarnation) for link in links if link.phase is LinkPhase.CLOSED)
             now_s = time.monotonic()
-            if now_s - reported_s < REPORT_S and lost <= known_lost:
+            if now_s - reported_s < REPORT_S and lost <= known_lost and not changed.is_set():
                 continue
+            changed.clear()
             if parts.feed.is_connected:
-                await parts.feed.report(links, parts.counted.take_loads(), now_s - reported_s)
+                await parts.feed.report(links, parts.counted.take_loads(), now_s - reported_s, parts.trust.take_accusations())
+                await asyncio.sleep(MIN_PAUSE_S)
             reported_s, known_lost = now_s, lost
             if parts.table is not None and set(parts.table.models) - set(parts.models.current):
                 await self._adopt(parts.table)

@@ -15,11 +15,12 @@ from cluster.core.errors import DeadlineExceeded, NotFound, NotReady
 from cluster.telemetry.tracing import Span, Tracing
 from protos.moelastic.router.v1 import router_pb2 as pb
 from protos.moelastic.router.v1 import router_pb2_grpc
+from router_service.caller import tenant_of_call
 from router_service.core.dispatch_limits import DispatchLimits
 from router_service.core.layer_call import THREAD_BYTES, LayerCall, LayerReply
 from router_service.counters import Account, Counters
 from router_service.errors import abort, code_of
-from router_service.interceptors import admitted_bytes, tenant_of_call
+from router_service.interceptors import admitted_bytes
 from router_service.wire import CHUNK_BYTES, Buffer, refuse
 from router_service.wire_dispatch import MAX_MODEL_NAME_CHARACTERS, Part, bodies_of, call_of, chunks_of, parts_of, response_of, start_parts_of, streamed_bytes
 from router_service.wire_views import RouterFacts, model_message, status_message, table_message

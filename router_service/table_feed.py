@@ -15,10 +15,12 @@ from typing import Final
 import grpc
 
 from cluster.core.errors import MoeError, StaleTable
-from cluster.core.ids import ExpertId
+from cluster.core.ids import ExpertId, Role
 from cluster.core.routing_table import RoutingTable, newer
 from cluster.core.table_codec import from_proto
 from protos.moelastic.control.v1 import control_pb2, control_pb2_grpc
+from router_service.core.trust import Accusation
+from router_service.core.verdicts import State
 from router_service.lanes import LinkState
 from router_service.link_client import LinkPhase
 
@@ -69,7 +71,7 @@ class TableFeed:
             backoff_s = FIRST_BACKOFF_S if self._epoch > epoch else min(2 * backoff_s, MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
 
-    async def report(self, links: Iterable[LinkState], loads: Mapping[ExpertId, int], window_s: float) -> bool:
+    async def report(self, links: Iterable[LinkState], loads: Mapping[ExpertId, int], window_s: float, wrong: Mapping[Accusation, int]) -> bool:
         """Tell the controller what is seen; False when it could not be reached in time."""
         request = control_pb2.ReportHealthRequest(
             router_id=self._router_id,
@@ -78,6 +80,7 @@ class TableFeed:
             links=[_link_message(link) for link in links],
             loads=[control_pb2.ExpertLoad(model=expert.model, layer=expert.layer, index=expert.index, tokens=tokens) for expert, tokens in loads.items()],
             window_s=window_s,
+            wrong_numbers=[_wrong_message(accusation, count) for accusation, count in wrong.items()],
         )
         try:
             await self._stub().ReportHealth(request, timeout=REPORT_TIMEOUT_S, metadata=self._metadata)
@@ -143,6 +146,24 @@ def _link_message(link: LinkState) -> control_pb2.LinkHealth:
         actor_id=incarnation.actor_id,
         generation=incarnation.generation,
         connected=link.phase is not LinkPhase.CLOSED,
-        evidence=link.reason[:MAX_EVIDENCE_CHARACTERS],
+        evidence=(link.evidence or link.reason)[:MAX_EVIDENCE_CHARACTERS],
         oldest_age_s=link.oldest_age_s,
+        ejected=link.standing is State.EJECTED,
+        suspected=link.standing is State.SUSPECTED,
+        queued_tokens=link.queued_tokens,
+    )
+
+
+def _wrong_message(accusation: Accusation, count: int) -> control_pb2.WrongNumbers:
+    expert, copy, kind = accusation
+    return control_pb2.WrongNumbers(
+        actor_id=copy.incarnation.actor_id,
+        generation=copy.incarnation.generation,
+        model=expert.model,
+        layer=expert.layer,
+        index=expert.index,
+        version=bytes.fromhex(copy.version),
+        role=control_pb2.ROLE_REPLICA if copy.role is Role.REPLICA else control_pb2.ROLE_SHADOW,
+        kind=kind,
+        count=count,
     )

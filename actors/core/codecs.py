@@ -1,8 +1,8 @@
-"""Shadows as bytes: an expert's weight matrices in 2, 3, 4 or 8 bits with a scale for each group, and back.
+"""Shadows as bytes: an expert's weight matrices in 2, 3, 4 or 8 bits with a scale for each group, as thin factors, or both; or those of a narrow expert.
 
 A weight comes back as level * scale * unit: a whole number of at most 8 bits, a scale of at most 8 bits and a power of two, so the product is exact
 and is rounded once, to the expert's element type. Every device and library expands the same bytes to the same bits. (Where scale * unit lies below
-2**-126 it is rounded first, as fp32 is there.)
+2**-126 it is rounded first, as fp32 is there.) A narrow expert comes back with zeros for the inner units that it lacks.
 Shape legend: R rows of a matrix, W its columns, G groups of a row, S columns of a group.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.core.compensation import compensated
+from actors.core.low_rank import factor_layout, fit_factors, product, rank_of
 from actors.core.packing import CODES_PER_UNIT, pack, packed_size, unpack
 from actors.core.scales import Grid, fit_scales
 from cluster.core.descriptors import CodecRecord, DType, ExpertDescriptor
@@ -35,7 +36,17 @@ CODECS: Mapping[str, CodecRecord] = {
         CodecRecord(name="int2", bits=2, group_size=64, levels="gaussian", scales="e4m3"),
     )
 }
-"""The codecs on offer, best first: 50, 26.6, 19.5 and 13.3 % of bf16."""
+"""The codecs that need nothing but the primary, best first: 50, 26.6, 19.5 and 13.3 % of bf16."""
+
+FITTED_CODECS: Mapping[str, CodecRecord] = {
+    record.name: record
+    for record in (
+        CodecRecord(name="int2-lowrank", bits=2, group_size=64, levels="gaussian", scales="e4m3", rank_percent=3),
+        CodecRecord(name="lowrank", bits=0, rank_percent=26),
+        CodecRecord(name="narrow4", bits=4, group_size=64, levels="half", scales="bf16", inner_percent=50),
+    )
+}
+"""The codecs whose shadows are fitted to calibration rows, 13 to 15 % of bf16 each: what 2 bits are measured against."""
 
 _NUMPY_DTYPES: Mapping[DType, np.dtype[Any]] = {
     DType.BF16: np.dtype(ml_dtypes.bfloat16),
@@ -76,15 +87,31 @@ class PackedExpert:
 def packed_layout(descriptor: ExpertDescriptor, codec: CodecRecord) -> dict[str, PackedTensor]:
     """Every array of a packed expert, in storage order: NAME.codes, NAME.scales and NAME.unit for a matrix, NAME itself for a bias."""
     layout: dict[str, PackedTensor] = {}
-    for name, shape in descriptor.tensor_shapes().items():
+    for name, shape in stored_descriptor(descriptor, codec).tensor_shapes().items():
         if len(shape) == 1:
             layout[name] = PackedTensor(_NUMPY_DTYPES[descriptor.dtype], shape)
             continue
-        rows, width = shape
+        layout |= _matrix_layout(name, (shape[0], shape[1]), codec)
+    return layout
+
+
+def stored_descriptor(descriptor: ExpertDescriptor, codec: CodecRecord) -> ExpertDescriptor:
+    """The expert whose matrices are packed: the primary's shape, or the narrow one's."""
+    if not codec.inner_percent:
+        return descriptor
+    return descriptor.model_copy(update={"intermediate_size": max(1, descriptor.intermediate_size * codec.inner_percent // 100)})
+
+
+def _matrix_layout(name: str, shape: tuple[int, int], codec: CodecRecord) -> dict[str, PackedTensor]:
+    rows, width = shape
+    layout: dict[str, PackedTensor] = {}
+    if codec.bits:
         layout[f"{name}.codes"] = PackedTensor(np.dtype(np.uint8), (packed_size(rows * width, codec.bits),))
         scale_dtype = np.dtype(np.uint8) if codec.scales == "e4m3" else _NUMPY_DTYPES[DType.BF16]
         layout[f"{name}.scales"] = PackedTensor(scale_dtype, (rows, -(-width // _group_size(width, codec))))
         layout[f"{name}.unit"] = PackedTensor(np.dtype(np.float32), (1,))
+    if codec.rank_percent:
+        layout |= {key: PackedTensor(*place) for key, place in factor_layout(name, shape, rank_of(shape, codec.rank_percent)).items()}
     return layout
 
 
@@ -98,7 +125,7 @@ def encode(descriptor: ExpertDescriptor, tensors: Mapping[str, Array], codec: Co
 
     Args:
         descriptor: what the expert computes.
-        tensors: its tensors, by the descriptor's names and shapes.
+        tensors: its tensors, by the names and shapes of `stored_descriptor`: those of a narrow expert come ready from whoever trained it.
         codec: how to pack the matrices.
         inputs: for a matrix's name, and the matrices before it as they come back, the calibration rows [N, W] that reach it; where they are given,
             rounding errors are compensated for these rows, which halves the damage of low-bit codecs. None: each weight is rounded to the nearest.
@@ -108,7 +135,7 @@ def encode(descriptor: ExpertDescriptor, tensors: Mapping[str, Array], codec: Co
     """
     packed: dict[str, Array] = {}
     restored: dict[str, Array] = {}
-    for name, shape in descriptor.tensor_shapes().items():
+    for name, shape in stored_descriptor(descriptor, codec).tensor_shapes().items():
         weights = _checked(name, tensors, shape)
         if len(shape) == 1:
             packed[name] = restored[name] = np.array(weights, _NUMPY_DTYPES[descriptor.dtype])
@@ -127,13 +154,40 @@ def decode(packed: PackedExpert) -> dict[str, Array]:
             found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
             message = f"shadow ({packed.codec.name}): {name} is {found} where {wanted.dtype} {list(wanted.shape)} belongs; derive the shadow again"
             raise CheckpointError(message)
-    return {
+    stored = stored_descriptor(packed.descriptor, packed.codec)
+    tensors = {
         name: np.array(packed.tensors[name]) if len(shape) == 1 else _decode_matrix(name, packed.tensors, shape, packed.descriptor.dtype, packed.codec)
-        for name, shape in packed.descriptor.tensor_shapes().items()
+        for name, shape in stored.tensor_shapes().items()
     }
+    return tensors if stored == packed.descriptor else _widened(packed.descriptor, stored, tensors)
+
+
+def _widened(descriptor: ExpertDescriptor, stored: ExpertDescriptor, tensors: dict[str, Array]) -> dict[str, Array]:
+    """A narrow expert in its primary's shape: inner units of zeros, whose activation is 0, change no output."""
+    parts = 2 if descriptor.gated else 1
+    missing = descriptor.intermediate_size - stored.intermediate_size
+    wide: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("down"):
+            wide[name] = tensor if tensor.ndim == 1 else np.pad(tensor, ((0, 0), (0, missing)))
+            continue
+        halves = tensor.reshape(parts, stored.intermediate_size, *tensor.shape[1:])
+        padding = ((0, 0), (0, missing), *((0, 0),) * (tensor.ndim - 1))
+        wide[name] = np.pad(halves, padding).reshape(parts * descriptor.intermediate_size, *tensor.shape[1:])
+    return wide
 
 
 def _encode_matrix(name: str, weights: Array, dtype: DType, codec: CodecRecord, rows: Array | None) -> dict[str, Array]:
+    packed = _encode_codes(name, weights, dtype, codec, rows) if codec.bits else {}
+    if codec.rank_percent:
+        rest_RW = weights.astype(np.float64)
+        if codec.bits:
+            rest_RW -= _decode_codes(name, packed, weights.shape, DType.FP32, codec)
+        packed |= fit_factors(name, rest_RW, rank_of((weights.shape[0], weights.shape[1]), codec.rank_percent), rows)
+    return packed
+
+
+def _encode_codes(name: str, weights: Array, dtype: DType, codec: CodecRecord, rows: Array | None) -> dict[str, Array]:
     weights_RW = weights.astype(np.float32)
     unit = _unit(weights_RW, Grid(codec))
     grid = Grid(codec, limit=float(ml_dtypes.finfo(_NUMPY_DTYPES[dtype]).max) / float(unit))
@@ -168,6 +222,17 @@ def _rounded(weights_RW: NDArray[np.float32], grid: Grid, size: int) -> tuple[ND
 
 
 def _decode_matrix(name: str, packed: Mapping[str, Array], shape: tuple[int, ...], dtype: DType, codec: CodecRecord) -> Array:
+    if not codec.rank_percent:
+        return _decode_codes(name, packed, shape, dtype, codec)
+    restored = product(name, packed)
+    if codec.bits:
+        restored += _decode_codes(name, packed, shape, DType.FP32, codec)
+    # Factors may lead a little beyond what the element type can hold.
+    most = float(ml_dtypes.finfo(_NUMPY_DTYPES[dtype]).max)
+    return np.clip(restored, -most, most).astype(_NUMPY_DTYPES[dtype])
+
+
+def _decode_codes(name: str, packed: Mapping[str, Array], shape: tuple[int, ...], dtype: DType, codec: CodecRecord) -> Array:
     rows, width = shape
     size = _group_size(width, codec)
     scales_RG = _scales(packed[f"{name}.scales"]) * packed[f"{name}.unit"]

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Bits = Literal[2, 3, 4, 8]
+# A record may say 0, for no codes at all; such codes are never packed.
+Bits = Literal[0, 2, 3, 4, 8]
 Levels = Literal["integer", "half", "gaussian"]
 
 CODES_PER_UNIT = 8

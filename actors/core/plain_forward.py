@@ -23,11 +23,17 @@ _erf = np.vectorize(math.erf, otypes=[np.float32])
 
 def plain_forward(descriptor: ExpertDescriptor, rows_ND: Array, tensors: Mapping[str, Array]) -> Floats:
     """One expert's output [N, D] for rows [N, D], from its tensors in compute layout."""
-    first = "gate_up" if descriptor.gated else "up"
     # What leaves the range of fp32 becomes infinite, which whoever measures sees.
+    hidden_NF = inner_rows(descriptor, rows_ND, tensors)
     with np.errstate(over="ignore", invalid="ignore"):
-        hidden_NF = _activate(_linear(rows_ND.astype(np.float32), tensors, first), descriptor)
         return _linear(hidden_NF, tensors, "down")
+
+
+def inner_rows(descriptor: ExpertDescriptor, rows_ND: Array, tensors: Mapping[str, Array]) -> Floats:
+    """The rows [N, F] that reach `down`."""
+    first = "gate_up" if descriptor.gated else "up"
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _activate(_linear(rows_ND.astype(np.float32), tensors, first), descriptor)
 
 
 def _activate(hidden: Floats, descriptor: ExpertDescriptor) -> Floats:

@@ -3,7 +3,8 @@
     absent --assume--> loading --loaded--> ready --drain--> draining --release--> absent
                           |                  ^                 |
                           +--failed--> failed|                 +--assume--> ready
-                                         +---assume (again)
+                                         ^   |
+    ready, draining --corrupted----------+   +---assume (again)
 
 A lease is one segment under way: a copy is let go only when its last lease has ended. Results of a load that was cancelled carry an old ticket.
 """
@@ -71,13 +72,21 @@ class CopyFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyCorrupted:
+    """A loaded copy's bytes are not those that were loaded; `reason` is for people. It takes no new segments and goes when its leases have ended."""
+
+    copy: CopyId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentsEnded:
     """The leases of these copies ended, one for each mention."""
 
     copies: tuple[CopyId, ...]
 
 
-Event = AssumeReceived | DrainReceived | ReleaseReceived | CopyLoaded | CopyFailed | SegmentsEnded
+Event = AssumeReceived | DrainReceived | ReleaseReceived | CopyLoaded | CopyFailed | CopyCorrupted | SegmentsEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,7 @@ class SlotTable:
         slots = sorted(self._slots.values(), key=lambda slot: slot.copy)
         return tuple(SlotReport(slot.copy, slot.state, slot.num_bytes, slot.reason) for slot in slots)
 
-    def handle(self, event: Event) -> tuple[Instruction, ...]:
+    def handle(self, event: Event) -> tuple[Instruction, ...]:  # noqa: PLR0911  (one for each event)
         """The one mutator. Raises StaleTable for a command older than the newest seen, SlotsExhausted for an assume that does not fit."""
         match event:
             case AssumeReceived():
@@ -174,6 +183,8 @@ class SlotTable:
                 return self._loaded(event)
             case CopyFailed():
                 return self._failed(event)
+            case CopyCorrupted():
+                return tuple(self._corrupted(event))
             case SegmentsEnded():
                 return tuple(self._ended(event.copies))
             case _:
@@ -282,6 +293,18 @@ class SlotTable:
             slot.state, slot.num_bytes, slot.reason = SlotState.FAILED, 0, event.reason
         return ()
 
+    def _corrupted(self, event: CopyCorrupted) -> Iterable[Instruction]:
+        slot = self._slots.get(event.copy)
+        if slot is None or not slot.is_loaded or slot.is_released:
+            return
+        slot.state, slot.reason = SlotState.FAILED, event.reason
+        if slot.leases == 0:
+            yield from self._unload(slot)
+
+    def _unload(self, slot: _Slot) -> Iterable[Instruction]:
+        slot.is_loaded, slot.num_bytes = False, 0
+        yield DropWeights(slot.copy)
+
     def _awaited(self, copy: CopyId, ticket: int) -> _Slot | None:
         slot = self._slots.get(copy)
         return slot if slot is not None and slot.state is SlotState.LOADING and slot.ticket == ticket else None
@@ -295,6 +318,8 @@ class SlotTable:
             slot.leases -= 1
             if slot.is_released and slot.leases == 0:
                 yield from self._free(slot)
+            elif slot.state is SlotState.FAILED and slot.leases == 0:
+                yield from self._unload(slot)
 
     def validate(self) -> None:
         """Check what must hold between any two events; raises InvariantBroken. Called by tests after every event."""
@@ -305,7 +330,9 @@ class SlotTable:
             "released copies wait for a lease only": all(slot.leases > 0 for slot in self._slots.values() if slot.is_released),
             "ready copies are loaded": all(slot.is_loaded for slot in self._slots.values() if slot.state is SlotState.READY),
             "loading copies are not": not any(slot.is_loaded for slot in self._slots.values() if slot.state is SlotState.LOADING),
-            "failed copies hold no bytes": all(slot.num_bytes == 0 for slot in self._slots.values() if slot.state is SlotState.FAILED),
+            "failed copies hold no bytes once nothing uses them": all(
+                slot.num_bytes == 0 and not slot.is_loaded for slot in self._slots.values() if slot.state is SlotState.FAILED and slot.leases == 0
+            ),
         }
         broken = [name for name, holds in checks.items() if not holds]
         if broken:

@@ -25,6 +25,8 @@ trace_app = typer.Typer(help="Traces of requests.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(trace_app, name="trace")
+gpu_app = typer.Typer(help="Devices that failed again and again.", no_args_is_help=True)
+app.add_typer(gpu_app, name="gpu")
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder that remembers what `up` deployed; default: .moelastic/local/default")]
 Endpoint = Annotated[str | None, typer.Option("--endpoint", help="HOST:PORT of a router; default: the one in the run folder")]
@@ -120,6 +122,14 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run_bench(context.args))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def chaos(context: typer.Context) -> None:
+    """Strike a local cluster on purpose, if its spec allows it, and judge by numbers what callers notice: run, validate, list, report."""
+    from cluster.cli.chaos import run_chaos
+
+    run_chaos(context.args)
+
+
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON Schema of a deployment."""
@@ -150,6 +160,34 @@ def checkpoint_manifest(
     from cluster.cli.checkpoint import write_manifest_of
 
     typer.echo(f"wrote {write_manifest_of(path, name=name or path.resolve().name, dtype=dtype)}")
+
+
+@checkpoint_app.command("calibrate")
+def checkpoint_calibrate(
+    path: Annotated[Path, typer.Argument(help="folder of the checkpoint")],
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text like what the model will see; several may be given")],
+    memory_fraction: Annotated[float, typer.Option("--memory-fraction", min=0.01, max=1.0, help="share of the experts' bytes that shadows may take")] = 0.15,
+    rows: Annotated[int, typer.Option("--rows", min=256, max=1_000_000, help="tokens to run the model on, over all texts")] = 16_384,
+    text_bytes: Annotated[int, typer.Option("--text-bytes", min=1024, help="what is read of each text, from its start")] = 200_000,
+    scored_bytes: Annotated[int, typer.Option("--scored-bytes", min=512, help="bytes of text, over all texts, that damage is measured on")] = 24_000,
+) -> None:
+    """Fit what stands in for lost experts, measure it, and write it beside the checkpoint as moelastic.ladder.safetensors."""
+    from cluster.cli.checkpoint import calibrate_folder
+
+    calibrate_folder(path, text, memory_fraction=memory_fraction, rows=rows, text_bytes=text_bytes, scored_bytes=scored_bytes, say=typer.echo)
+
+
+@gpu_app.command("release")
+def gpu_release(
+    device: Annotated[str, typer.Argument(help="NODE/DEVICE as `moelastic status` shows it; NODE may be the node's name")],
+    run_dir: RunDir = None,
+) -> None:
+    """Trust a quarantined device again: actors and copies may go there from now on."""
+    from cluster.cli.endpoints import find_connection
+    from cluster.cli.gpu import release
+
+    left = release(find_connection(run_dir), device)
+    typer.echo(f"{device} is trusted again; still quarantined: {', '.join(left) or 'none'}")
 
 
 @trace_app.command("last")

@@ -40,7 +40,7 @@ def view(facts: StatusFacts) -> RenderableType:
     if facts.table:
         parts.append(_experts(facts))
     if facts.control:
-        parts += [_nodes(facts.control), *_decisions(facts.control)]
+        parts += [_nodes(facts.control), *_quarantined(facts.control), *_decisions(facts.control)]
     elif facts.router:
         parts.append(_links(facts.router))
     return Group(*parts)
@@ -92,6 +92,8 @@ def _experts(facts: StatusFacts) -> RenderableType:
     table, control = facts.table, facts.control
     names = {node["node_id"]: node["name"] for node in control.get("nodes", ())}
     copies, shares = _slots_of(control, names), _shares(control)
+    for place, note in _hot(control).items():
+        copies[place].append(note)
     rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("layer", "expert", "load", "replicas", "shadow", "note"):
         rows.add_column(column, justify="right" if column in {"layer", "expert"} else "left", no_wrap=True)
@@ -144,6 +146,23 @@ def _slots_of(control: dict[str, Any], names: dict[str, str]) -> dict[tuple[str,
     return notes
 
 
+def _hot(control: dict[str, Any]) -> dict[tuple[str, int, int], str]:
+    """Experts that have, or should have, further replicas, with the reason."""
+    notes: dict[tuple[str, int, int], str] = {}
+    for entry in control.get("hot", ()):
+        place = entry["model"], entry["layer"], entry["index"]
+        notes[place] = f"{entry['reason']}; replicated" if entry["actor_id"] else f"{entry['reason']}; no free slot"
+    return notes
+
+
+def _quarantined(control: dict[str, Any]) -> Iterator[Text]:
+    names = {node["node_id"]: node["name"] for node in control.get("nodes", ())}
+    for entry in control.get("quarantined", ()):
+        node_id, _, device = entry["device"].partition("/")
+        place = f"{names.get(node_id, node_id[:12])}/{device}"
+        yield Text(f"  quarantined: {place}: {entry['reason']}; `moelastic gpu release {place}` ends that", style="red")
+
+
 def _nodes(control: dict[str, Any]) -> Table:
     rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("node", "state", "GPUs", "slots", "memory", "actors"):
@@ -165,6 +184,8 @@ def _actors(actors: list[dict[str, Any]]) -> Text:
     for actor in sorted(actors, key=lambda entry: str(entry["actor_id"])):
         line.append(f"{actor['actor_id']}/g{actor['generation']} ")
         line.append(actor["state"], style=STYLES.get(actor["state"], "yellow"))
+        if doubt := actor.get("doubt"):
+            line.append(f" {doubt}", style="yellow" if doubt.startswith(("suspected", "trusted")) else "red")
         line.append(f" {actor['reason']}  " if actor["reason"] else "  ")
     return line
 

@@ -32,13 +32,17 @@ class ImportModel:
 
 @dataclass(frozen=True, slots=True)
 class ImportExperts:
-    """Lay verified experts ((layer, index)), shadows and all gates of a model into a node's store."""
+    """Lay verified experts ((layer, index)), shadows and all gates of a model into a node's store.
+
+    `distrusted` are versions among them whose blobs are read and digested again, also if that was done before.
+    """
 
     node_id: str
     model: str
     experts: frozenset[tuple[int, int]]
     reason: str = ""
     shadows: frozenset[CopyId] = frozenset()
+    distrusted: frozenset[str] = frozenset()
 
     @property
     def key(self) -> str:
@@ -63,10 +67,11 @@ class StartActor:
 
 @dataclass(frozen=True, slots=True)
 class StopActor:
-    """Stop one incarnation: in order when it answers, else by force."""
+    """Stop one incarnation: in order when it answers, else by force; `at_once`: by force, without asking."""
 
     incarnation: Incarnation
     reason: str = ""
+    at_once: bool = False
 
     @property
     def key(self) -> str:

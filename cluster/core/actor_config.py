@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,6 +34,8 @@ class ExpertActorConfig(_Config):
     num_slots: int
     memory_bytes: int | None = None
     device: str = "auto"
+    deterministic: bool = False
+    layout: Literal["mapped", "widened", "auto"] = "mapped"
     num_gpus: float = 0.0
     max_tokens_per_frame: int = 4096
     frames_in_flight: int = 2
@@ -41,6 +44,9 @@ class ExpertActorConfig(_Config):
     store_dir: Path
     drain_timeout_s: float = 10.0
     expanded_max: int = 8
+    abft_fraction: float = 0.0625
+    redigest_s: float = 300.0
+    chaos_allowed: bool = False
     code_digest: str = ""
     telemetry: TelemetryConfig = TelemetryConfig()
 

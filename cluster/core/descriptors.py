@@ -74,27 +74,50 @@ class ExpertDescriptor(_Record):
         return total
 
 
+class DenseDescriptor(_Record):
+    """A matrix that stands for all experts of a layer: `x @ weight.T`, stored as `weight` [D, D]."""
+
+    hidden_size: PositiveInt
+    dtype: DType = DType.BF16
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of its tensor."""
+        return {"weight": (self.hidden_size, self.hidden_size)}
+
+
 class CodecRecord(_Record):
-    """How a shadow's weight matrices are packed: a code of `bits` for each weight, a scale for each group of neighbours in a row.
+    """How a shadow's weight matrices are packed: a code of `bits` for each weight, a scale for each group of neighbours in a row; 0 bits: no codes.
 
     `group_size`: at most so many weights share a scale; None: a whole row.
     `levels`: what a code stands for, in scales: `integer` (zero-centred, 0 is one of them), `half` (zero-centred, 0 lies between two of them),
     `gaussian` (the same, spaced for normally distributed weights).
     `scales`: how a scale is stored, beside one power of two for each matrix.
+    `rank_percent`: two thin factors of 8 bits with so many percent of a matrix's elements are added to what the codes give.
+    `inner_percent`: the packed expert is a narrow one of so many percent of its primary's inner width, which was trained to imitate it.
     """
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    bits: Literal[2, 3, 4, 8]
+    bits: Literal[0, 2, 3, 4, 8]
     group_size: PositiveInt | None = None
     levels: Literal["integer", "half", "gaussian"] = "integer"
     scales: Literal["bf16", "e4m3"] = "bf16"
+    rank_percent: int = Field(0, ge=0, le=100)
+    inner_percent: int = Field(0, ge=0, le=100)
 
     @model_validator(mode="after")
     def _levels_exist(self) -> Self:
         if self.levels == "gaussian" and self.bits == 8:  # noqa: PLR2004  (the widest codec)
             message = "levels: gaussian levels are defined for 2, 3 and 4 bits; use integer or half for 8"
             raise ValueError(message)
+        if self.bits == 0 and self.rank_percent == 0:
+            message = "bits: without codes a matrix needs factors; set rank_percent"
+            raise ValueError(message)
         return self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its shadows can only be made where there are calibration rows."""
+        return self.rank_percent > 0 or self.inner_percent > 0
 
 
 class GateDescriptor(_Record):
@@ -159,11 +182,16 @@ class ShadowRecord(_Record):
     cosine: float
 
 
+def ladder_key(rung: str, layer: int) -> str:
+    """Where a manifest lists the blob of a fallback of a layer."""
+    return f"{rung}/{layer}"
+
+
 class Manifest(_Record):
     """A model with the digest of each blob: what may be served under this model's name, byte by byte.
 
-    Keys are `LAYER/INDEX` for experts and their shadows and `LAYER` for gates; values are SHA-256 in hex of the blob in compute layout.
-    A model without shadows is written without the field, so that it keeps the digest it had before there were any.
+    Keys are `LAYER/INDEX` for experts and their shadows, `LAYER` for gates and `RUNG/LAYER` for the ladder's fallbacks; values are SHA-256 in hex of the
+    blob in compute layout. A model without shadows or ladder is written without the field, so that it keeps the digest it had before there were any.
     """
 
     model: ModelDescriptor
@@ -171,12 +199,14 @@ class Manifest(_Record):
     gates: dict[str, str]
     source: str = ""
     shadows: dict[str, ShadowRecord] = Field(default_factory=dict)
+    ladder: dict[str, str] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
-    def _without_empty_shadows(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        if not self.shadows:
-            written.pop("shadows", None)
+        for name in ("shadows", "ladder"):
+            if not getattr(self, name):
+                written.pop(name, None)
         return written
 
     @property

@@ -37,6 +37,8 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         num_slots=num_slots,
         memory_bytes=actors.memory_bytes,
         device=actors.device,
+        deterministic=actors.deterministic,
+        layout=actors.layout,
         num_gpus=actors.num_gpus,
         max_tokens_per_frame=actors.max_tokens_per_frame,
         frames_in_flight=actors.frames_in_flight,
@@ -45,6 +47,9 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         store_dir=launch.store_dir,
         drain_timeout_s=actors.drain_timeout_s,
         expanded_max=max((model.shadow.expanded_max for model in spec.models if model.shadow is not None), default=ShadowSpec().expanded_max),
+        abft_fraction=spec.abft.fraction,
+        redigest_s=spec.abft.redigest_s,
+        chaos_allowed=spec.chaos == "allowed",
         code_digest=launch.code_digest,
         telemetry=TelemetryConfig(
             sampling_ratio=spec.telemetry.sampling_ratio,

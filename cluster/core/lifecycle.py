@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from cluster.core.devices import with_strike_of
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.memory import BACKOFF_MAX_S, ActorRecord, Memory, with_failure, with_success
 from cluster.core.spec import ClusterSpec
@@ -26,7 +27,10 @@ class Life(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ActorView:
-    """A recorded actor with what was seen of it. `leaving`: its copies must move elsewhere, then it stops."""
+    """A recorded actor with what was seen of it. `leaving`: its copies must move elsewhere, then it stops.
+
+    `doubt`: why routers send it nothing now; `is_settling`: they did so until a moment ago. `is_outdated`: its report is older than the last command.
+    """
 
     record: ActorRecord
     life: Life
@@ -34,6 +38,9 @@ class ActorView:
     report: ActorReport | None = None
     leaving: bool = False
     by_copy: Mapping[CopyId, SlotReport] = field(default_factory=dict)
+    doubt: str = ""
+    is_settling: bool = False
+    is_outdated: bool = False
 
     @property
     def actor_id(self) -> str:
@@ -48,7 +55,12 @@ class ActorView:
     @property
     def takes_copies(self) -> bool:
         """Whether copies may be assumed here."""
-        return self.life is Life.READY and not self.leaving
+        return self.stays and not self.is_outdated
+
+    @property
+    def stays(self) -> bool:
+        """Whether what it holds counts: it answers, is trusted and is to be kept."""
+        return self.life is Life.READY and not self.leaving and not self.doubt
 
     @property
     def slots(self) -> tuple[SlotReport, ...]:
@@ -121,7 +133,17 @@ def views(spec: ClusterSpec, memory: Memory, status: FleetObservation) -> dict[s
         life, reason = _life(record, actor, alive, spec, memory, status.observed_s)
         report = actor.report if actor is not None and life is not Life.LOST else None
         by_copy = {slot.copy: slot for slot in report.slots} if report is not None else {}
-        result[actor_id] = ActorView(record, life, reason, report, by_copy=by_copy)
+        doubt = memory.doubts.get(record.incarnation)
+        result[actor_id] = ActorView(
+            record,
+            life,
+            reason,
+            report,
+            by_copy=by_copy,
+            doubt=doubt.why if doubt is not None and doubt.ended_s is None else "",
+            is_settling=doubt is not None and doubt.ended_s is not None,
+            is_outdated=actor is not None and actor.is_outdated,
+        )
     return result
 
 
@@ -131,6 +153,8 @@ def _life(record: ActorRecord, actor: ActorObservation | None, alive: set[str], 
         if actor is None and incarnation in memory.issued and incarnation not in memory.returned and record.node_id in alive:
             return Life.DECIDED, "being started"
         return Life.LOST, (actor.reason if actor is not None else "") or "its process is gone"
+    if incarnation in memory.condemned:
+        return Life.LOST, memory.condemned[incarnation]
     since_s = memory.unreachable_since_s.get(incarnation)
     if since_s is not None:
         return _doubtful(actor, alive, now_s - since_s)
@@ -151,7 +175,7 @@ def _doubtful(actor: ActorObservation, alive: set[str], age_s: float) -> tuple[L
     return Life.SUSPECT, why
 
 
-def settle(memory: Memory, actors: Mapping[str, ActorView], now_s: float) -> Memory:
+def settle(memory: Memory, actors: Mapping[str, ActorView], alive: Collection[str], now_s: float) -> Memory:
     """Note what the views prove: who has served, whose life ended (its next start waits a little longer each time), whose troubles are over."""
     records = dict(memory.actors)
     for actor_id, view in actors.items():
@@ -162,6 +186,8 @@ def settle(memory: Memory, actors: Mapping[str, ActorView], now_s: float) -> Mem
             memory = with_success(memory, key)
         if view.life is Life.LOST and view.incarnation in memory.issued:
             memory = replace(memory, issued=memory.issued - {view.incarnation})
+            if view.record.node_id in alive:
+                memory = with_strike_of(memory, view.incarnation, now_s)
             if key not in memory.backoff or memory.backoff[key].until_s <= now_s:
                 memory = with_failure(memory, key, f"{view.incarnation} was lost: {view.reason}", now_s)
     return replace(memory, actors=records)
@@ -171,6 +197,6 @@ def needs_repair(view: ActorView | None, memory: Memory, actor_id: str) -> bool:
     """Whether copies that belong here should be held elsewhere meanwhile: not while an actor merely waits for its first start."""
     if view is None:
         return f"start {actor_id}" in memory.backoff
-    if view.takes_copies:
+    if view.stays:
         return False
-    return view.leaving or view.record.was_ready or f"start {actor_id}" in memory.backoff
+    return view.leaving or bool(view.doubt) or view.record.was_ready or f"start {actor_id}" in memory.backoff

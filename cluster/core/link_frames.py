@@ -251,3 +251,14 @@ def derive_link_key(secret: bytes, incarnation: Incarnation) -> bytes:
     """The link key of one incarnation: a key that leaks with one actor opens no other."""
     key: bytes = hmac.new(secret, f"moelastic/link/{incarnation}".encode(), hashlib.sha256).digest()
     return key
+
+
+def derive_fault_token(secret: bytes, incarnation: Incarnation) -> bytes:
+    """The fault token of one incarnation, from the deployment's link secret."""
+    return fault_token_of(derive_link_key(secret, incarnation), incarnation)
+
+
+def fault_token_of(link_key: bytes, incarnation: Incarnation) -> bytes:
+    """The same, from the incarnation's link key: an actor knows no more than that."""
+    token: bytes = hmac.new(link_key, f"moelastic/fault/{incarnation}".encode(), hashlib.sha256).digest()
+    return token

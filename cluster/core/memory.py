@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster.core.actions import Action, Assume, ImportExperts, StartActor, StartRouter
+from cluster.core.actions import Action, Assume, ImportExperts, ImportModel, StartActor, StartRouter
 from cluster.core.descriptors import Manifest
 from cluster.core.ids import CopyId, Incarnation, Role
 from cluster.core.spec import ShadowSpec
@@ -69,8 +69,36 @@ class Backoff:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """Routers send an actor nothing. `stalled_since_s`: since when it has done no frame; `silent_since_s`: since when it does not answer the controller.
+
+    `ended_s`: since when they trust it again. `is_majority`: most of the routers that know it agree.
+    """
+
+    since_s: float
+    why: str
+    is_majority: bool = True
+    is_connected: bool = True
+    frames_done: int = 0
+    stalled_since_s: float = 0.0
+    silent_since_s: float | None = None
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accusal:
+    """A copy that answered with wrong numbers; it must leave its slot."""
+
+    since_s: float
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at."""
+    """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at.
+
+    `quarantined`: devices (NODE/DEVICE) that get no copies and no actors, each with its reason, until somebody releases them.
+    """
 
     generation: int = 0
     epoch: int = 0
@@ -82,6 +110,7 @@ class Memory:
     actors: Mapping[str, ActorRecord] = field(default_factory=dict)
     routers: Mapping[str, RouterRecord] = field(default_factory=dict)
     published: TableDraft = field(default_factory=TableDraft)
+    quarantined: Mapping[str, str] = field(default_factory=dict)
 
     issued: frozenset[Incarnation] = frozenset()
     returned: frozenset[Incarnation] = frozenset()
@@ -92,6 +121,17 @@ class Memory:
     first_seen_s: Mapping[Incarnation, float] = field(default_factory=dict)
     unreachable_since_s: Mapping[Incarnation, float] = field(default_factory=dict)
     router_epochs: Mapping[str, int] = field(default_factory=dict)
+    doubts: Mapping[Incarnation, Doubt] = field(default_factory=dict)
+    condemned: Mapping[Incarnation, str] = field(default_factory=dict)
+    killed_s: tuple[float, ...] = ()
+    accused: Mapping[Held, Accusal] = field(default_factory=dict)
+    accused_s: tuple[float, ...] = ()
+    distrusted: frozenset[tuple[str, str]] = frozenset()
+    devices: Mapping[Incarnation, str] = field(default_factory=dict)
+    strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    seen_faults: frozenset[tuple[str, int]] = frozenset()
+    further: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
+    inexact_since_s: float | None = None
 
     def has_stored(self, node_id: str, copy: CopyId) -> bool:
         """Whether a copy's blob is known to lie in a node's store."""
@@ -104,6 +144,11 @@ class Memory:
         """Whether an action of this key is not held back by its last failure."""
         held = self.backoff.get(key)
         return held is None or (not held.final and held.until_s <= now_s)
+
+
+def load_key(incarnation: Incarnation, copy: CopyId) -> str:
+    """The name under which failures to load one copy in one life are remembered."""
+    return f"load {copy} on {incarnation}"
 
 
 def with_failure(memory: Memory, key: str, message: str, now_s: float, *, final: bool = False) -> Memory:
@@ -139,6 +184,16 @@ def with_outcome(memory: Memory, action: Action, error: str | None, now_s: float
     return with_success(memory, action.key)
 
 
+def read_model(known: ModelRecord | None, action: ImportModel, manifest: Manifest) -> ModelRecord | None:
+    """The record of a model that an import read: new, or what is known with other shadows. None when it holds other weights than those known."""
+    kept = manifest
+    if known is not None:
+        if manifest.model_copy(update={"source": known.manifest.source, "shadows": known.manifest.shadows}) != known.manifest:
+            return None
+        kept = known.manifest if known.shadow == action.shadow else known.manifest.model_copy(update={"shadows": manifest.shadows})
+    return ModelRecord(kept, str(action.source), str(action.dtype), action.shadow)
+
+
 def with_model(memory: Memory, name: str, record: ModelRecord) -> Memory:
     """Record what a model is, for good. Where its shadows are others now, every node gets the new manifest."""
     known = memory.models.get(name)
@@ -150,6 +205,16 @@ def with_model(memory: Memory, name: str, record: ModelRecord) -> Memory:
 def with_goal(memory: Memory, revision: int, *, replace_differing: bool) -> Memory:
     """A new goal: failures that waited for it may be tried again."""
     return replace(memory, spec_revision=revision, replace=replace_differing, backoff={})
+
+
+def without_stored_copy(memory: Memory, node_id: str, copy: CopyId) -> Memory:
+    """Distrust one copy's blob in a node's store: it is read and digested again before the copy is loaded there."""
+    memory = replace(memory, distrusted=memory.distrusted | {(node_id, copy.version)})
+    place, expert = (node_id, copy.expert.model), (copy.expert.layer, copy.expert.index)
+    if copy.role is Role.SHADOW:
+        versions = memory.stored_shadows.get(place, frozenset()) - {copy.version}
+        return replace(memory, stored_shadows={**memory.stored_shadows, place: versions})
+    return replace(memory, stored={**memory.stored, place: memory.stored.get(place, frozenset()) - {expert}})
 
 
 def without_stored(memory: Memory, node_id: str) -> Memory:

@@ -5,13 +5,14 @@ Shadows come after all replicas: each on an actor, and if possible on a node, th
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.descriptors import Manifest
 from cluster.core.errors import ConfigError
 from cluster.core.ids import CopyId, ExpertId, Role
+from cluster.core.memory import Memory
 from cluster.core.spec import ClusterSpec, ModelSpec
 from cluster.core.status import NodeObservation
 
@@ -39,11 +40,23 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The goal: for each wanted copy, the actors it belongs on, one for each replica. `homeless` shadows fit nowhere beside their replicas."""
+    """The goal: for each wanted copy, the actors it belongs on, one for each replica. `homeless` shadows fit nowhere beside their replicas.
+
+    `further`: of hot experts, actors that should hold a replica, too, for now.
+    """
 
     shape: Shape
     homes: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
     homeless: tuple[CopyId, ...] = ()
+    further: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
+
+    def wanted(self) -> Iterator[tuple[CopyId, tuple[str, ...]]]:
+        """Each copy with all the actors that should hold it."""
+        if not self.further:
+            yield from self.homes.items()
+            return
+        for copy, homes in self.homes.items():
+            yield copy, homes + self.further.get(copy, ())
 
 
 def wanted_copies(manifest: Manifest) -> list[CopyId]:
@@ -194,6 +207,24 @@ def _home(copy: CopyId, replica: int, chosen: Sequence[str], shape: Shape, load:
         " raise actors.slots_per_actor or actors.count"
     )
     raise ConfigError(message)
+
+
+def stock_missing(layout: Layout, node_of: Mapping[str, str], memory: Memory) -> dict[tuple[str, str], set[CopyId]]:
+    """By (node, model), replicas whose blobs should lie in the store of one node more than they are served from: a free slot there can take them at once.
+
+    The node follows from the copy and its homes, so it changes only when these, or nodes, do.
+    """
+    missing: dict[tuple[str, str], set[CopyId]] = defaultdict(set)
+    nodes = [node_of.get(name, "") for name in layout.shape.actor_ids]
+    place = {name: index for index, name in enumerate(layout.shape.actor_ids)}
+    for copy, homes in layout.homes.items():
+        if copy.role is Role.REPLICA and homes:
+            taken = {node_of.get(home, "") for home in homes} | {""}
+            start = place[homes[-1]] + 1 + copy.expert.layer  # the layers of a lost actor go to different ones
+            node_id = next((node for step in range(len(nodes)) if (node := nodes[(start + step) % len(nodes)]) not in taken), "")
+            if node_id and not memory.has_stored(node_id, copy):
+                missing[node_id, copy.expert.model].add(copy)
+    return missing
 
 
 @dataclass(slots=True)

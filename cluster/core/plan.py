@@ -15,7 +15,7 @@ from cluster.core.descriptors import Manifest
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
 from cluster.core.lifecycle import ActorView, Life, needs_repair
 from cluster.core.load import Load
-from cluster.core.memory import Memory, Withdrawal
+from cluster.core.memory import Memory, Withdrawal, load_key
 from cluster.core.placement import Layout
 from cluster.core.routing_table import ActorEndpoint, TableCopy, TableModel
 from cluster.core.spec import ClusterSpec
@@ -56,32 +56,39 @@ class CopyPlan:
 def plan_copies(layout: Layout, actors: Mapping[str, ActorView], memory: Memory, sizes: Mapping[CopyId, int], load: Load, now_s: float) -> CopyPlan:
     """Loads that bring every wanted copy home, and loads into free slots for copies whose home cannot hold them now.
 
-    Lost replicas come before lost shadows, and busy experts before others.
+    Lost replicas come before lost shadows, experts that have no copy before those that have one, and busy experts before others.
     """
     plan = CopyPlan()
     room = {actor_id: _room(view) for actor_id, view in actors.items() if view.takes_copies}
-    holders = _holders(actors)
-    for copy, homes in layout.homes.items():
+    holders = _holders(actors, memory)
+    # What an actor which should hold a copy cannot: what it has is broken or accused, or loading it failed a moment ago.
+    blocked = {held.copy for held in memory.accused} | {slot.copy for view in actors.values() for slot in view.slots if slot.state is SlotState.FAILED}
+    reserved: Counter[str] = Counter()  # home copies that an actor does not hold yet: repair leaves room for them
+    for copy, homes in layout.wanted():
         for home in homes:
-            if home not in room or actors[home].slot(copy) is not None or not memory.may_try(load_key(actors[home].incarnation, copy), now_s):
+            view = actors.get(home)
+            if view is None or not view.takes_copies or copy in view.by_copy:
+                continue
+            reserved[home] += 1
+            if not memory.may_try(load_key(view.incarnation, copy), now_s):
+                blocked.add(copy)
                 continue
             if room[home].takes(sizes[copy]):
                 room[home].take(sizes[copy])
                 plan.assume[home].append(copy)
                 holders[copy].append(home)
             else:
-                plan.troubles.append(_no_room(actors[home], copy, sizes[copy]))
-    lacking = [copy for copy, homes in layout.homes.items() if _lacks(copy, homes, actors, memory, holders)]
-    reserved = _reserved(layout, actors)
-    for copy in sorted(lacking, key=lambda copy: (copy.role, -load.of(copy.expert))):
-        for _ in range(len(layout.homes[copy]) - _num_staying(copy, holders, actors)):
-            _repair(copy, sizes[copy], plan, room, reserved, holders, actors)
+                plan.troubles.append(_no_room(view, copy, sizes[copy]))
+    unable = {actor_id for actor_id in {*actors, *layout.shape.all_ids} if needs_repair(actors.get(actor_id), memory, actor_id)}
+    lacking = {
+        copy: num_lacking
+        for copy, homes in layout.homes.items()
+        if (not unable.isdisjoint(homes) or copy in blocked) and (num_lacking := len(homes) - _num_staying(copy, holders, actors)) > 0
+    }
+    for copy in sorted(lacking, key=lambda copy: (copy.role, lacking[copy] < len(layout.homes[copy]), -load.of(copy.expert))):
+        for _ in range(lacking[copy]):
+            _repair(copy, sizes[copy], plan, room, reserved, holders, actors, memory, now_s)
     return plan
-
-
-def load_key(incarnation: Incarnation, copy: CopyId) -> str:
-    """The name under which failures to load one copy in one life are remembered."""
-    return f"load {copy} on {incarnation}"
 
 
 def _room(view: ActorView) -> Room:
@@ -91,35 +98,22 @@ def _room(view: ActorView) -> Room:
     return Room(report.num_free_slots, report.capacity_bytes - report.used_bytes if report.capacity_bytes > 0 else None)
 
 
-def _holders(actors: Mapping[str, ActorView]) -> dict[CopyId, list[str]]:
-    """Who holds or is loading each copy, among actors that answer."""
+def _holders(actors: Mapping[str, ActorView], memory: Memory) -> dict[CopyId, list[str]]:
+    """Who holds or is loading each copy, among actors that answer; what is accused of wrong numbers does not count."""
     holders: dict[CopyId, list[str]] = defaultdict(list)
     for actor_id, view in actors.items():
         if view.life is Life.READY:
             for slot in view.slots:
                 if slot.state in _HELD:
                     holders[slot.copy].append(actor_id)
+    for held in memory.accused:
+        if held.incarnation.actor_id in holders.get(held.copy, ()):
+            holders[held.copy].remove(held.incarnation.actor_id)
     return holders
 
 
 def _num_staying(copy: CopyId, holders: Mapping[CopyId, Sequence[str]], actors: Mapping[str, ActorView]) -> int:
-    return sum(1 for holder in holders.get(copy, ()) if not actors[holder].leaving)
-
-
-def _lacks(copy: CopyId, homes: Sequence[str], actors: Mapping[str, ActorView], memory: Memory, holders: Mapping[CopyId, Sequence[str]]) -> bool:
-    if _num_staying(copy, holders, actors) >= len(homes):
-        return False
-    return any(needs_repair(actors.get(home), memory, home) for home in homes)
-
-
-def _reserved(layout: Layout, actors: Mapping[str, ActorView]) -> Counter[str]:
-    """Home copies that each actor does not hold yet: repair leaves room for them."""
-    reserved: Counter[str] = Counter()
-    for copy, homes in layout.homes.items():
-        for home in homes:
-            if home in actors and actors[home].takes_copies and actors[home].slot(copy) is None:
-                reserved[home] += 1
-    return reserved
+    return sum(1 for holder in holders.get(copy, ()) if actors[holder].stays)
 
 
 def _repair(
@@ -130,8 +124,10 @@ def _repair(
     reserved: Mapping[str, int],
     holders: dict[CopyId, list[str]],
     actors: Mapping[str, ActorView],
+    memory: Memory,
+    now_s: float,
 ) -> None:
-    """Put one copy into a free slot: away from the nodes of its other copies where possible, then where most is free.
+    """Put one copy into a free slot: away from the nodes of its other copies where possible, then where its blob lies already, then where most is free.
 
     A shadow keeps away from its expert's replicas, too, and never goes where one is.
     """
@@ -147,10 +143,16 @@ def _repair(
         for actor_id in room
         if actors[actor_id].slot(copy) is None and actor_id not in others and room[actor_id].takes(size_bytes) and spare(actor_id) > 0
     ]
+    fitting = [actor_id for actor_id in fitting if memory.may_try(load_key(actors[actor_id].incarnation, copy), now_s)]
     if not fitting:
         plan.troubles.append(f"no free slot in any running actor for {copy.expert}; raise actors.free_slots or actors.standby")
         return
-    best = min(fitting, key=lambda actor_id: (actors[actor_id].record.node_id in nodes, -spare(actor_id)))
+
+    def cost(actor_id: str) -> tuple[bool, bool, int]:
+        node_id = actors[actor_id].record.node_id
+        return (node_id in nodes, not memory.has_stored(node_id, copy), -spare(actor_id))
+
+    best = min(fitting, key=cost)
     room[best].take(size_bytes)
     plan.assume[best].append(copy)
     plan.repairs.add((best, copy))
@@ -173,37 +175,61 @@ def _no_room(view: ActorView, copy: CopyId, size_bytes: int) -> str:
 
 
 def draft_table(spec: ClusterSpec, layout: Layout, actors: Mapping[str, ActorView], memory: Memory) -> TableDraft:
-    """What should be published: for each copy as many ready holders as wanted, at home first, never fewer than before while any is ready."""
+    """What should be published: for each copy as many ready holders as wanted, at home first, never fewer than before while any is ready.
+
+    An actor that routers send nothing stays published beside its replacements: they may yet find that it is back. A copy with wrong numbers leaves
+    as soon as anything else answers for its expert.
+    """
     published = set(memory.published.held())
     manifests = {name: record.manifest for name, record in memory.models.items()}
     copies: dict[CopyId, list[ActorView]] = {}
-    ready = _ready_holders(actors)
-    for copy, homes in layout.homes.items():
-        chosen = _choose(copy, homes, ready.get(copy, ()), published)
+    last_resort: list[tuple[CopyId, ActorView]] = []
+    ready = _ready_holders(actors, published)
+    suspects = [view for view in actors.values() if view.life is Life.SUSPECT]
+    for copy, homes in layout.wanted():
+        holders = ready.get(copy, ())
+        if memory.accused:
+            last_resort += [(copy, view) for view in holders if Held(view.incarnation, copy) in memory.accused]
+            holders = [view for view in holders if Held(view.incarnation, copy) not in memory.accused]
+        chosen = _choose(copy, homes, holders, published)
         if not chosen:
-            chosen = [view for view in actors.values() if view.life is Life.SUSPECT and Held(view.incarnation, copy) in published]
+            chosen = [view for view in suspects if Held(view.incarnation, copy) in published]
         if chosen:
             copies[copy] = chosen
+    answered = {copy.expert for copy in copies}
+    for copy, view in last_resort:
+        if copy.expert not in answered and Held(view.incarnation, copy) in published:
+            copies.setdefault(copy, []).append(view)
     return _draft(spec, manifests, copies, memory.published)
 
 
-def _ready_holders(actors: Mapping[str, ActorView]) -> dict[CopyId, list[ActorView]]:
+def _ready_holders(actors: Mapping[str, ActorView], published: set[Held]) -> dict[CopyId, list[ActorView]]:
+    """Who is known to be ready with a copy; of an actor whose report is older than the last command only what is published anyway."""
     ready: dict[CopyId, list[ActorView]] = defaultdict(list)
     for view in actors.values():
         if view.life is Life.READY:
             for slot in view.slots:
-                if slot.state is SlotState.READY:
+                if slot.state is SlotState.READY and (not view.is_outdated or Held(view.incarnation, slot.copy) in published):
                     ready[slot.copy].append(view)
     return ready
 
 
 def _choose(copy: CopyId, homes: Sequence[str], ready: Sequence[ActorView], published: set[Held]) -> list[ActorView]:
-    """Ready holders in order of preference: home and staying, staying, leaving; already published ones first."""
+    """Ready holders in order of preference: home and staying, staying, leaving; already published ones first. Those that routers send nothing come last.
 
-    def rank(view: ActorView) -> tuple[bool, bool, bool, str]:
-        return (view.leaving, view.actor_id not in homes, Held(view.incarnation, copy) not in published, view.actor_id)
+    These, and what stands in for one that was trusted again a moment ago, stay as long as they are published.
+    """
+    if len(ready) <= 1:
+        return list(ready)
 
-    return sorted(ready, key=rank)[: len(homes)]
+    def rank(view: ActorView) -> tuple[bool, bool, bool, bool, str]:
+        is_new = Held(view.incarnation, copy) not in published
+        return (bool(view.doubt), view.leaving, view.actor_id not in homes, is_new, view.actor_id)
+
+    ranked = sorted(ready, key=rank)
+    chosen, others = ranked[: len(homes)], ranked[len(homes) :]
+    is_settling = any(view.is_settling for view in chosen)
+    return [*chosen, *(view for view in others if (view.doubt or is_settling) and Held(view.incarnation, copy) in published)]
 
 
 def _draft(spec: ClusterSpec, manifests: Mapping[str, Manifest], chosen: Mapping[CopyId, Sequence[ActorView]], before: TableDraft) -> TableDraft:
@@ -258,7 +284,7 @@ def let_go(
     kept = set(draft.held()) | set(memory.published.held())
     actions: list[CopyAction] = []
     for view in actors.values():
-        if view.life is not Life.READY:
+        if view.life is not Life.READY or view.is_outdated:
             continue
         slots = [slot for slot in view.slots if slot.copy.expert.model not in unknown]
         drain = tuple(

@@ -6,26 +6,30 @@ records the decision, publishes its table and only then performs its actions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.core.actions import Action, ImportExperts, ImportModel, StartRouter, StopRouter
 from cluster.core.descriptors import Manifest
 from cluster.core.errors import ConfigError
-from cluster.core.ids import CopyId, Role
+from cluster.core.devices import with_strike_of
+from cluster.core.health import Health
+from cluster.core.ids import CopyId, ExpertId, Role
+from cluster.core.judgement import judge, with_exactness
 from cluster.core.launch import Launch, controller_differences, router_digest
-from cluster.core.lifecycle import ActorView, Life, above_seen, hung_router, router_life, running_routers, settle, track, views
+from cluster.core.lifecycle import ActorView, Life, above_seen, hung_router, router_life, running_routers, track, views
 from cluster.core.load import Load
-from cluster.core.memory import ActorRecord, Memory, RouterRecord, Withdrawal, with_failure, without_stored
-from cluster.core.placement import Layout, Shape, copy_bytes, lay_out, shape_of
-from cluster.core.plan import assumptions, draft_table, let_go, load_key, note_unpublished, plan_copies
+from cluster.core.memory import ActorRecord, Memory, RouterRecord, Withdrawal, load_key, with_failure, without_stored_copy
+from cluster.core.notes import is_ready_at, joined, standing, unsettled
+from cluster.core.placement import Layout, Shape, copy_bytes, lay_out, shape_of, stock_missing, wanted_copies
+from cluster.core.plan import assumptions, draft_table, let_go, note_unpublished, plan_copies
+from cluster.core.replication import Warmth, place_further
 from cluster.core.roster import Roster, differing, farewells, plan_roster
 from cluster.core.spec import ClusterSpec, ModelSpec
 from cluster.core.status import ActorState, FleetObservation, NodeObservation, RouterObservation, SlotState
-from cluster.core.table_draft import TableDraft
+from cluster.core.table_draft import Held, TableDraft
 
 ROUTER_IDS = ("router-0",)
-MAX_NOTES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +51,24 @@ class Decision:
     is_at_rest: bool = False
 
 
-def reconcile(spec: ClusterSpec, launch: Launch, memory: Memory, status: FleetObservation, load: Load) -> Decision:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What routers told: how busy experts are, how actors fare, and which experts the replication policy wants more of."""
+
+    load: Load = field(default_factory=Load)
+    health: Health = field(default_factory=Health)
+    hot: Mapping[ExpertId, Warmth] = field(default_factory=dict)
+
+
+def reconcile(spec: ClusterSpec, launch: Launch, memory: Memory, status: FleetObservation, told: Told) -> Decision:
     """Decide; `status.observed_s` is now. A goal that contradicts itself starts and moves nothing; what is lost still leaves the table."""
     if is_adopted(memory):
         memory = adopt(memory, spec, status)  # those that answer only now
     memory = _forget_models(spec, track(above_seen(memory, status), status))
-    memory = settle(memory, views(spec, memory, status), status.observed_s)
+    memory, notes = judge(spec, memory, status, told.health)
     actors = views(spec, memory, status)
     try:
-        return _Step(spec, launch, memory, status, load, actors).decide()
+        return _Step(spec, launch, memory, status, told, actors, notes).decide()
     except ConfigError as error:
         table = _without_lost(memory.published, actors)
         memory = _published(memory, table, status.observed_s)
@@ -86,13 +99,22 @@ def is_adopted(memory: Memory) -> bool:
 class _Step:
     """One decision in the making: the facts, and what has been decided so far."""
 
-    def __init__(self, spec: ClusterSpec, launch: Launch, memory: Memory, status: FleetObservation, load: Load, actors: Mapping[str, ActorView]) -> None:
-        self.spec, self.launch, self.memory, self.status, self.load = spec, launch, memory, status, load
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        launch: Launch,
+        memory: Memory,
+        status: FleetObservation,
+        told: Told,
+        actors: Mapping[str, ActorView],
+        notes: Sequence[str],
+    ) -> None:
+        self.spec, self.launch, self.memory, self.status, self.told = spec, launch, memory, status, told
         self.actors: Mapping[str, ActorView] = actors
         self.now_s = status.observed_s
         self.head: NodeObservation | None = next((node for node in status.nodes if node.is_head and node.alive), None)
         self.actions: list[Action] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = list(notes)
 
     def decide(self) -> Decision:
         """All of it, in order."""
@@ -105,9 +127,14 @@ class _Step:
         different = differing(self.spec, self.launch, shape, self.actors) if manifests else {}
         if not is_partial:
             self._choose_replaced(shape, manifests, different)
-        roster = plan_roster(self.spec, shape, self.memory, self.status, self.actors, is_partial=is_partial)
+        wanted = {copy for manifest in manifests.values() for copy in wanted_copies(manifest)}
+        self.memory, is_repairing = with_exactness(self.memory, self.actors, wanted, self.now_s)
+        roster = plan_roster(self.spec, shape, self.memory, self.status, self.actors, is_partial=is_partial, is_repairing=is_repairing)
         self._adopt_roster(roster)
         layout = lay_out(self.spec, manifests, shape, roster.node_of)
+        layout = place_further(layout, self.told.hot, self.memory.further, self.actors, self.spec.replication.reserve_actors)
+        if layout.further != self.memory.further:
+            self.memory = replace(self.memory, further=layout.further)
         self._copies(layout, manifests, roster)
         table = draft_table(self.spec, layout, self.actors, self.memory)
         self.memory = note_unpublished(self.actors, table, self.memory, self.now_s)
@@ -173,17 +200,20 @@ class _Step:
     def _copies(self, layout: Layout, manifests: Mapping[str, Manifest], roster: Roster) -> None:
         """Loads where the node's store has what is needed; imports where it has not, ahead of actors that are still starting."""
         self._note_failed_slots()
-        plan = plan_copies(layout, self.actors, self.memory, sizes_of(manifests), self.load, self.now_s)
+        plan = plan_copies(layout, self.actors, self.memory, sizes_of(manifests), self.told.load, self.now_s)
         self.notes += plan.troubles
         if layout.homeless:
             self.notes.append(f"{len(layout.homeless)} shadows fit on no actor beside their replicas; raise actors.slots_per_actor or actors.count")
         assumes, missing = assumptions(plan, self.actors, self.memory)
         self.actions += [action for action in assumes if self.memory.may_try(action.key, self.now_s)]
-        for copy, homes in layout.homes.items():
+        for copy, homes in layout.wanted():
             for home in homes:
                 node_id = roster.node_of.get(home, "")
                 if node_id and not self.memory.has_stored(node_id, copy):
                     missing[node_id, copy.expert.model].add(copy)
+        if self.spec.repair.stock and self.spec.store.max_bytes is None and self.memory.inexact_since_s is None and not missing:
+            stock = stock_missing(layout, roster.node_of, self.memory)
+            missing.update({place: stock[place] for place in sorted(stock)[: self.spec.actors.start_parallelism]})
         if self.head is not None:
             for name in manifests:
                 if (self.head.node_id, name) not in self.memory.stored:
@@ -191,19 +221,24 @@ class _Step:
         self._imports(missing)
 
     def _note_failed_slots(self) -> None:
+        published = set(self.memory.published.held()) if any(slot.state is SlotState.FAILED for view in self.actors.values() for slot in view.slots) else set()
         for view in self.actors.values():
             for slot in view.slots:
                 key = load_key(view.incarnation, slot.copy)
                 if slot.state is SlotState.FAILED and self.memory.may_try(key, self.now_s):
-                    message = f"{slot.copy.expert} could not be loaded by {view.incarnation}: {slot.reason}"
-                    self.memory = without_stored(with_failure(self.memory, key, message, self.now_s), view.record.node_id)
+                    was_ready = Held(view.incarnation, slot.copy) in published
+                    message = f"{slot.copy.expert} {'went bad in' if was_ready else 'could not be loaded by'} {view.incarnation}: {slot.reason}"
+                    memory = with_failure(self.memory, key, message, self.now_s)
+                    memory = with_strike_of(memory, view.incarnation, self.now_s) if was_ready else memory
+                    self.memory = without_stored_copy(memory, view.record.node_id, slot.copy)
 
     def _imports(self, missing: Mapping[tuple[str, str], set[CopyId]]) -> None:
         alive = {node.node_id for node in self.status.nodes if node.alive}
         for (node_id, model), copies in sorted(missing.items()):
             experts = frozenset((copy.expert.layer, copy.expert.index) for copy in copies if copy.role is Role.REPLICA)
             shadows = frozenset(copy for copy in copies if copy.role is Role.SHADOW)
-            action = ImportExperts(node_id, model, experts, "its actors will serve them", shadows)
+            distrusted = frozenset(copy.version for copy in copies if (node_id, copy.version) in self.memory.distrusted)
+            action = ImportExperts(node_id, model, experts, "its actors will serve them", shadows, distrusted)
             if node_id in alive and self.memory.may_try(action.key, self.now_s):
                 self.actions.append(action)
 
@@ -249,8 +284,9 @@ class _Step:
     def _decision(self, table: TableDraft, layout: Layout, differences: tuple[str, ...]) -> Decision:
         wanted = sum(len(homes) for homes in layout.homes.values())
         published = dict.fromkeys(layout.homes, 0)
+        out = {view.incarnation for view in self.actors.values() if view.doubt}
         for held in table.held():
-            if held.copy in published:
+            if held.copy in published and held.incarnation not in out:
                 published[held.copy] += 1
         ready = sum(min(published[copy], len(homes)) for copy, homes in layout.homes.items())
         routed = self._is_routed()
@@ -264,7 +300,8 @@ class _Step:
             notes.append(f"{ready} of {wanted} copies are ready")
         if num_shadowed := sum(1 for held in table.copies.values() if held[0].role is Role.SHADOW):
             notes.append(f"{num_shadowed} experts are answering from shadow")
-        notes += self._unsettled(layout)
+        notes += unsettled(layout, self.actors)
+        notes += standing(memory, self.told.hot, layout)
         notes += [f"{router.router_id} does not answer" for router in self.status.routers if router.state is ActorState.UNREACHABLE]
         if not routed and wanted:
             notes.append("no router is ready")
@@ -277,11 +314,12 @@ class _Step:
         notes += [f"{text}; it changes when the controller is replaced" for text in settings[:1]]
         before, memory = memory, _published(memory, table, self.now_s)
         is_at_rest = complete and not self.actions and memory is before and self._is_at_rest(memory, table, layout)
-        return Decision(memory, tuple(self.actions), table, state, _joined(notes), (*differences, *settings), wanted, ready, self.actors, is_at_rest)
+        return Decision(memory, tuple(self.actions), table, state, joined(notes), (*differences, *settings), wanted, ready, self.actors, is_at_rest)
 
     def _is_at_rest(self, memory: Memory, table: TableDraft, layout: Layout) -> bool:
         """Whether nothing is in doubt, held back, on its way or left over."""
-        waits = memory.replace or memory.backoff or memory.unreachable_since_s or memory.issued - memory.returned
+        waits = memory.replace or memory.backoff or memory.unreachable_since_s or memory.issued - memory.returned or memory.doubts or memory.accused
+        waits = waits or memory.condemned
         num_slots = sum(len(view.slots) for view in self.actors.values())
         return not waits and num_slots == sum(map(len, table.copies.values())) and self._is_settled(layout)
 
@@ -300,18 +338,7 @@ class _Step:
         """Whether every actor runs and every copy is ready at home."""
         if any(name not in self.actors or not self.actors[name].takes_copies for name in layout.shape.all_ids):
             return False
-        return all(_is_ready_at(self.actors[home], copy) for copy, homes in layout.homes.items() for home in homes)
-
-    def _unsettled(self, layout: Layout) -> list[str]:
-        """Who is missing or in doubt, and how many copies are not where they belong."""
-        notes = []
-        for name in layout.shape.all_ids:
-            view = self.actors.get(name)
-            if view is not None and view.life is not Life.READY:
-                notes.append(f"{view.incarnation} is {view.life}" + (f": {view.reason}" if view.reason not in ("", view.life) else ""))
-        homes = [(home, copy) for copy, homes in layout.homes.items() for home in homes]
-        away = sum(1 for home, copy in homes if home not in self.actors or not _is_ready_at(self.actors[home], copy))
-        return [*notes, f"{away} of {len(homes)} copies are not at home yet"] if away else notes
+        return all(is_ready_at(self.actors[home], copy) for copy, homes in layout.homes.items() for home in homes)
 
     def _failures(self) -> list[str]:
         """What held an action back last; of an import also while it is tried again, which can take long."""
@@ -322,11 +349,6 @@ class _Step:
 def sizes_of(manifests: Mapping[str, Manifest]) -> dict[CopyId, int]:
     """Bytes of the weights of every wanted copy."""
     return {copy: size for manifest in manifests.values() for copy, size in copy_bytes(manifest).items()}
-
-
-def _is_ready_at(view: ActorView, copy: CopyId) -> bool:
-    slot = view.slot(copy)
-    return slot is not None and slot.state is SlotState.READY
 
 
 def _forget_models(spec: ClusterSpec, memory: Memory) -> Memory:
@@ -358,9 +380,3 @@ def _published(memory: Memory, table: TableDraft, now_s: float) -> Memory:
     withdrawn = {held: entry for held, entry in memory.withdrawn.items() if held not in after and held.incarnation in living}
     withdrawn.update({held: Withdrawal(epoch, now_s) for held in before - after if held.incarnation in living})
     return replace(memory, epoch=epoch, published=table, withdrawn=withdrawn)
-
-
-def _joined(notes: list[str]) -> str:
-    unique = list(dict.fromkeys(notes))
-    more = f"; and {len(unique) - MAX_NOTES} more" if len(unique) > MAX_NOTES else ""
-    return "; ".join(unique[:MAX_NOTES]) + more

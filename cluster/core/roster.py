@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.core.actions import Action, StartActor, StopActor
+from cluster.core.devices import closed_nodes
 from cluster.core.ids import Incarnation
 from cluster.core.launch import Launch, actor_config
 from cluster.core.lifecycle import ActorView, Life
@@ -29,11 +30,25 @@ class Roster:
 
 
 def plan_roster(
-    spec: ClusterSpec, shape: Shape, memory: Memory, status: FleetObservation, actors: Mapping[str, ActorView], *, is_partial: bool = False
+    spec: ClusterSpec,
+    shape: Shape,
+    memory: Memory,
+    status: FleetObservation,
+    actors: Mapping[str, ActorView],
+    *,
+    is_partial: bool = False,
+    is_repairing: bool = False,
 ) -> Roster:
     """Mark who leaves, forget who left, start who is missing.
 
-    `is_partial`: a wanted model is still being read, so the shape may yet grow: nobody leaves and nobody new comes, only who was lost.
+    Args:
+        spec: the goal.
+        shape: the actors that the goal needs.
+        memory: what is remembered.
+        status: what was seen.
+        actors: every recorded actor.
+        is_partial: a wanted model is still being read, so the shape may yet grow: nobody leaves and nobody new comes, only who was lost.
+        is_repairing: free slots are taking over lost experts; starting a process would slow them down, so those who have served wait.
     """
     roster = Roster(memory, {name: replace(view, leaving=_leaves(view, shape, memory, is_partial=is_partial)) for name, view in actors.items()})
     for name, view in actors.items():
@@ -42,7 +57,8 @@ def plan_roster(
     kept = {name: record for name, record in memory.actors.items() if name in roster.actors}
     roster.memory = replace(memory, actors=kept)
     room = _room_left(spec, status, roster)
-    under_way = sum(1 for view in roster.actors.values() if view.life in (Life.DECIDED, Life.STARTING))
+    under_way = [view for view in roster.actors.values() if view.life in (Life.DECIDED, Life.STARTING)]
+    num_starting, is_replacing = len(under_way), any(view.record.was_ready for view in under_way)
     for name in shape.all_ids:
         current = roster.actors.get(name)
         if current is not None and current.life is not Life.LOST:
@@ -50,13 +66,17 @@ def plan_roster(
             _resume(current, roster)
         elif is_partial and current is None:
             continue
-        elif _start(name, spec, shape, room, roster, status.observed_s, may_start=under_way < spec.actors.start_parallelism):
-            under_way += 1
+        else:
+            has_served = current is not None and current.record.was_ready
+            may_start = num_starting < spec.actors.start_parallelism and not (has_served and (is_repairing or is_replacing))
+            if _start(name, spec, shape, room, roster, status.observed_s, may_start=may_start):
+                num_starting, is_replacing = num_starting + 1, is_replacing or has_served
     return roster
 
 
 def _leaves(view: ActorView, shape: Shape, memory: Memory, *, is_partial: bool) -> bool:
-    return (view.actor_id not in shape.all_ids and not is_partial) or view.actor_id == memory.replacing
+    is_unwanted = view.actor_id not in shape.all_ids and not is_partial
+    return is_unwanted or view.actor_id == memory.replacing or memory.devices.get(view.incarnation) in memory.quarantined
 
 
 def _room_left(spec: ClusterSpec, status: FleetObservation, roster: Roster) -> dict[str, NodeRoom]:
@@ -74,7 +94,8 @@ def _room_left(spec: ClusterSpec, status: FleetObservation, roster: Roster) -> d
         running[actor.node_id] += num_gpus
         if known is None:
             placed[actor.node_id].append(num_gpus)
-    return rooms(status.nodes, placed, running)
+    room = rooms(status.nodes, placed, running)
+    return {node_id: entry for node_id, entry in room.items() if node_id not in closed_nodes(roster.memory)}
 
 
 def _resume(view: ActorView, roster: Roster) -> None:
@@ -110,7 +131,9 @@ def _start(name: str, spec: ClusterSpec, shape: Shape, room: Mapping[str, NodeRo
     elif memory.replacing == name:
         reason = f"{before.incarnation} was stopped to be replaced"
     else:
-        reason = f"{before.incarnation} was lost: {roster.actors[name].reason}"
+        held = memory.backoff.get(f"start {name}")  # says what was first seen of the loss
+        lost = f"{before.incarnation} was lost: "
+        reason = held.message if held is not None and held.message.startswith(lost) else lost + roster.actors[name].reason
     roster.actors[name] = ActorView(record, Life.DECIDED, "being started")
     roster.actions.append(StartActor(incarnation, node_id, shape.num_slots, reason))
     return True
@@ -120,17 +143,26 @@ def farewells(roster: Roster, status: FleetObservation, draft: TableDraft, now_s
     """Stop lives that are not recorded, and leaving ones once they hold nothing; never one that is, or was until now, in the table."""
     published = {held.incarnation for held in draft.held()} | {held.incarnation for held in roster.memory.published.held()}
     alive = {node.node_id for node in status.nodes if node.alive}
-    recorded = {view.incarnation for view in roster.actors.values()}
+    memory = roster.memory
+    kept = {view.incarnation for view in roster.actors.values() if view.life is not Life.LOST}
     stops = [
-        StopActor(view.incarnation, "to be replaced" if view.actor_id == roster.memory.replacing else "no longer wanted")
+        StopActor(view.incarnation, _why_leaving(view, memory))
         for view in roster.actors.values()
         if view.leaving and view.incarnation not in published and view.life is not Life.LOST and not view.slots
     ]
     for actor in status.actors:
         reachable = actor.state is not ActorState.DEAD and (not actor.node_id or actor.node_id in alive)
-        if reachable and actor.incarnation not in recorded and actor.incarnation not in published:
-            stops.append(StopActor(actor.incarnation, "not recorded, or its life was declared lost"))
-    return [stop for stop in stops if roster.memory.may_try(stop.key, now_s)]
+        if reachable and actor.incarnation not in kept and actor.incarnation not in published:
+            why = memory.condemned.get(actor.incarnation)
+            stops.append(StopActor(actor.incarnation, why or "not recorded, or its life was declared lost", at_once=why is not None))
+    return [stop for stop in stops if memory.may_try(stop.key, now_s)]
+
+
+def _why_leaving(view: ActorView, memory: Memory) -> str:
+    if view.actor_id == memory.replacing:
+        return "to be replaced"
+    device = memory.devices.get(view.incarnation, "")
+    return f"{device} is quarantined: {memory.quarantined[device]}" if device in memory.quarantined else "no longer wanted"
 
 
 def differing(spec: ClusterSpec, launch: Launch, shape: Shape, actors: Mapping[str, ActorView]) -> dict[str, str]:

@@ -23,8 +23,11 @@ class ShadowSpec(_Section):
 
     memory_fraction: float = Field(0.15, gt=0.0, le=1.0, description="packed bytes of all shadows, as a share of the bytes of one replica of every expert")
     cover: Literal["all", "useful"] = Field("all", description="all: a shadow for every expert if the share allows it; useful: where they avoid most damage")
-    codecs: tuple[Literal["int2", "int3", "int4", "int8"], ...] = Field(
-        ("int2", "int3", "int4"), min_length=1, max_length=4, description="how they may be packed; which expert gets which follows from the measured damage"
+    codecs: tuple[Literal["int2", "int3", "int4", "int8", "int2-lowrank", "lowrank", "narrow4"], ...] = Field(
+        ("int2", "int3", "int4", "int2-lowrank", "lowrank", "narrow4"),
+        min_length=1,
+        max_length=7,
+        description="how they may be packed; which expert gets which follows from the measured damage; those beyond int8 lie in a calibrated ladder file",
     )
     expanded_max: PositiveInt = Field(8, description="shadows that an actor keeps expanded to full size at once, beside those under way")
 
@@ -57,6 +60,12 @@ class ActorsSpec(_Section):
     num_gpus: NonNegativeFloat = Field(0.5, description="Ray GPUs an actor asks for; fractions share one GPU")
     num_cpus: NonNegativeFloat = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = Field(default=False, description="make a row's output bits independent of what shares its segment: fixed tiles of rows, slower")
+    layout: Literal["mapped", "widened", "auto"] = Field(
+        "mapped",
+        description="mapped: as stored; widened: bf16 rows by the hundred are summed in fp32 on the CPU, and their last bit may depend on how many they are;"
+        " auto: whichever is faster in a trial at the start. `deterministic` goes before",
+    )
     memory_bytes: PositiveInt | None = Field(None, description="device memory an actor may fill; default: its share of what is free")
     max_tokens_per_frame: PositiveInt = 4096
     frames_in_flight: PositiveInt = Field(2, description="frames a router may have under way in one actor; more rows wait and merge")
@@ -101,6 +110,38 @@ class AbftSpec(_Section):
 
     fraction: float = Field(0.0625, ge=0.0, le=1.0, description="share of frames that are checked")
     redigest_s: PositiveFloat = Field(300.0, description="every resident weight is digested again once in so long, in the background")
+
+
+class RepairSpec(_Section):
+    """What the controller does about actors that routers send nothing, about wrong numbers, and about devices that fail again and again."""
+
+    replace_after_s: PositiveFloat = Field(1.5, description="an actor that routers have ejected and that does not answer the controller for so long is killed")
+    stuck_after_s: PositiveFloat = Field(5.0, description="one that answers the controller, but is ejected and without progress for so long, is killed, too")
+    give_up_after_s: PositiveFloat = Field(60.0, description="one that stays ejected for so long is killed whatever it says")
+    settle_s: PositiveFloat = Field(5.0, description="further copies of an actor's experts are kept for so long after routers trust it again")
+    max_replacements_per_minute: PositiveInt = Field(8, description="actors that are killed because routers ejected them, per minute")
+    quarantine_failures: NonNegativeInt = Field(
+        3, description="failures of a device (deaths, hangs, wrong numbers) within the window that quarantine it until `moelastic gpu release`; 0: never"
+    )
+    quarantine_window_s: PositiveFloat = 600.0
+    stock: bool = Field(
+        default=True, description="each expert also lies in the store of one further node, so that a free slot there can take it without an import"
+    )
+
+
+class ReplicationSpec(_Section):
+    """Further replicas of hot experts in free slots, taken back when cold."""
+
+    enabled: bool = True
+    max_replicas: PositiveInt = Field(4, description="full-precision copies of one expert, those of `models[].replicas` counted")
+    window_s: PositiveFloat = 1.0
+    hot_share: float = Field(2.0, gt=1.0, description="an expert is hot from so many times an even share of its layer's rows, per copy ...")
+    hot_queue_s: PositiveFloat = Field(0.02, description="... if rows wait so long at every actor that holds it ...")
+    hot_windows: PositiveInt = Field(3, description="... for so many windows in a row")
+    cold_share: float = Field(1.25, gt=0.0, description="its last further copy is taken back when the others would have less than so many even shares each ...")
+    cold_windows: PositiveInt = Field(30, description="... for so many windows in a row")
+    min_tokens_per_s: PositiveFloat = Field(50.0, description="experts with fewer rows than this are never hot")
+    reserve_actors: NonNegativeInt = Field(1, description="free slots are left for the copies of so many lost actors")
 
 
 class RouterSpec(_Section):
@@ -172,6 +213,8 @@ class ClusterSpec(_Section):
     liveness: LivenessSpec = LivenessSpec()
     hedging: HedgingSpec = HedgingSpec()
     abft: AbftSpec = AbftSpec()
+    repair: RepairSpec = RepairSpec()
+    replication: ReplicationSpec = ReplicationSpec()
     chaos: Literal["refused", "allowed"] = Field(
         "refused", description="allowed: holders of the fault token may inject faults with `moelastic chaos`; never in production"
     )

@@ -70,13 +70,29 @@ class ActorReport:
 
 @dataclass(frozen=True, slots=True)
 class ActorObservation:
-    """One actor as the fleet sees it; `report` is None unless it answered in time."""
+    """One actor as the fleet sees it; `report` is None unless it answered in time.
+
+    `silent_s`: how long a question has waited for its answer. `is_outdated`: the report is older than the last command, so it may tell of slots
+    as they were before it.
+    """
 
     incarnation: Incarnation
     state: ActorState
     node_id: str
     report: ActorReport | None = None
     reason: str = ""
+    silent_s: float = 0.0
+    is_outdated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFault:
+    """An error of a GPU that its driver told (NVIDIA's Xid). `sequence` counts on its node; `is_device`: the device is to blame, not its program."""
+
+    sequence: int
+    device: str
+    xid: int
+    is_device: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,7 @@ class NodeObservation:
     num_cpus: float
     is_head: bool = False
     free_gpus: float | None = None
+    gpu_faults: tuple[GpuFault, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +135,11 @@ class FleetObservation:
     actors: tuple[ActorObservation, ...] = ()
     routers: tuple[RouterObservation, ...] = ()
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether some actor is loading a copy."""
+        return any(slot.state is SlotState.LOADING for actor in self.actors if actor.report is not None for slot in actor.report.slots)
+
     def has_same_facts(self, other: FleetObservation) -> bool:
         """Whether all is as in another look, leaving out when that was and how busy actors are."""
         mine = (self.nodes, self.routers, tuple(_without_activity(actor) for actor in self.actors))
@@ -125,7 +147,8 @@ class FleetObservation:
 
 
 def _without_activity(actor: ActorObservation) -> ActorObservation:
-    return actor if actor.report is None else replace(actor, report=replace(actor.report, frames_done=0, oldest_age_s=0.0, expanded_bytes=0))
+    report = actor.report
+    return replace(actor, silent_s=0.0, report=None if report is None else replace(report, frames_done=0, oldest_age_s=0.0, expanded_bytes=0))
 
 
 @dataclass(frozen=True, slots=True)

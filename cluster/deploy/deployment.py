@@ -26,6 +26,7 @@ from cluster.core.spec import ClusterSpec
 from cluster.deploy import roots
 from cluster.deploy.code_digest import code_digest
 from cluster.deploy.connection import Connection
+from cluster.deploy.machine_warnings import machine_warnings, worker_niceness
 from cluster.deploy.progress import Progress, state_line
 from cluster.deploy.roots import Prepared
 
@@ -86,6 +87,8 @@ def deploy(spec: ClusterSpec, progress: Progress, *, replace: bool, wait_s: floa
     for difference in differences:
         progress.say(f"differs, replaced only with --replace: {difference}")
     status = _wait_until_serving(controller, progress, revision=revision, deadline_s=time.monotonic() + wait_s)
+    for warning in machine_warnings(status["actors"], ray.nodes(), worker_niceness(actor["pid"] for actor in status["actors"] if actor["pid"])):
+        progress.say(warning)
     address = next(router["address"] for router in status["routers"] if router["state"] == "ready")
     trouble = "" if status["state"] == "SERVING" else status["message"] or "something was lost and is not back"
     return connection.model_copy(update={"router_address": address}), trouble

@@ -54,7 +54,7 @@ def session_folder() -> Path:
 
 def make_fleet(settings: ControllerSettings, *, store_max_bytes: int | None = None) -> Fleet:
     """The fleet on Ray, with the plain classes that it hosts."""
-    from actors.expert_actor import ExpertActor
+    from actors.hosting import HostedExpertActor
     from actors.node_agent import NodeAgent
     from cluster.ray_fleet import HostedClasses, RayFleet
     from router_service.hosting import RouterHost
@@ -62,7 +62,7 @@ def make_fleet(settings: ControllerSettings, *, store_max_bytes: int | None = No
 
     return RayFleet(
         namespace=settings.deployment,
-        classes=HostedClasses(expert_actor=ExpertActor, node_agent=NodeAgent, router=RouterHost),
+        classes=HostedClasses(expert_actor=HostedExpertActor, node_agent=NodeAgent, router=RouterHost),
         link_secret=settings.link_secret,
         router_secrets=RouterSecrets(link_secret=settings.link_secret, control_token=settings.control_token),
         store_dir=settings.store_dir,

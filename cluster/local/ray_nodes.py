@@ -32,9 +32,11 @@ DASHBOARD_MODULES = "JobHead,NodeHead"
 class LocalRay:
     """A head and its nodes. Every process is left running: ending them is `processes.end`'s work."""
 
-    def __init__(self, settings: LocalSettings, temp_dir: Path) -> None:
+    def __init__(self, settings: LocalSettings, temp_dir: Path, *, gcs_address: str = "") -> None:
+        """`gcs_address`: of a head that runs already, for nodes that join later."""
         self._settings = settings
         self._temp_dir = temp_dir
+        self._gcs_address = gcs_address
         self._head: _Head | None = None
         services.start_ray_process = _with_job_modules_only(services.start_ray_process)
         services.get_node = _with_patience(services.get_node, settings.start_timeout_s)
@@ -42,7 +44,7 @@ class LocalRay:
     @property
     def gcs_address(self) -> str:
         """Where drivers connect."""
-        return str(self._started_head().gcs_address)
+        return self._gcs_address or str(self._started_head().gcs_address)
 
     def start_head(self) -> NodeRecord:
         """Start the GCS, the head's raylet and, beside them, the dashboard."""
@@ -64,22 +66,23 @@ class LocalRay:
     def start_nodes(self) -> Iterator[NodeRecord]:
         """Start the other nodes, a few at a time; yields each as soon as Ray counts it as alive, in order."""
         with ThreadPoolExecutor(self._settings.nodes_at_a_time) as pool:
-            yield from pool.map(self._start_node, range(1, self._settings.num_nodes + 1))
+            yield from pool.map(self.start_node, [f"node-{number}" for number in range(1, self._settings.num_nodes + 1)])
 
     def dashboard_url(self, timeout_s: float) -> str:
         """Where jobs are submitted, once the dashboard answers there; raises FleetError."""
         return f"http://{self._started_head().dashboard_address(timeout_s)}"
 
-    def _start_node(self, number: int) -> NodeRecord:
-        name = f"node-{number}"
+    def start_node(self, name: str) -> NodeRecord:
+        """Start one node and wait until Ray counts it as alive; one that was lost may come again under its name."""
+        temp_dir = self._temp_dir / name.replace("node-", "n")
         parameters = RayParams(
             gcs_address=self.gcs_address,
             num_cpus=self._settings.cpus_per_node,
             num_gpus=self._settings.gpus_per_node,
-            **self._common(name, self._temp_dir / f"n{number}"),
+            **self._common(name, temp_dir),
         )
         node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
-        write_ray_address(self.gcs_address, str(self._temp_dir / f"n{number}"))
+        write_ray_address(self.gcs_address, str(temp_dir))
         return _recorded(name, node, num_gpus=self._settings.gpus_per_node)
 
     def _common(self, name: str, temp_dir: Path) -> dict[str, Any]:

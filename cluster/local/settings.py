@@ -37,6 +37,7 @@ RAY_CONFIG = {
     "memory_monitor_refresh_ms": "0",  # it would pick an expert when the developer's browser fills the memory
     "enable_metrics_collection": "0",
     "USAGE_STATS_ENABLED": "0",
+    "USE_UVLOOP": "0",  # Ray takes it wherever it is installed; what our processes run on shall not depend on that
     "AUTH_MODE": "token",
     # Otherwise Ray turns 127.0.0.1 into the machine's own address, where nothing of a local cluster listens, and waits there.
     "ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -5,6 +5,7 @@ Reads are `pread`s into fresh memory, never a mapping: a source file that is tru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ MAX_HEADER_BYTES = 32 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
+_READ_BYTES = 1 << 20
 
 Array = NDArray[Any]
 
@@ -62,13 +64,18 @@ class TensorEntry:
 class TensorFiles:
     """Every tensor of a checkpoint folder, by key. Files stay open, so that a re-export by rename cannot mix two checkpoints."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a folder with one safetensors file or a sharded index. Raises CheckpointError, naming the file or tensor that is wrong."""
+    def __init__(self, folder: Path, file: str | None = None) -> None:
+        """Open a folder with one safetensors file or a sharded index, or one `file` of it. Raises CheckpointError, naming what is wrong.
+
+        `metadata` is what all files say beside their tensors: text by key, not checked by anybody.
+        """
         self.folder = folder
+        self.metadata: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
         self._descriptors: dict[str, int] = {}
         self._close = weakref.finalize(self, _close_all, self._descriptors)
         try:
-            self.entries = self._open_all()
+            self.entries = self._open_all() if file is None else self._open_file(file)
         except BaseException:
             self.close()
             raise
@@ -93,6 +100,10 @@ class TensorFiles:
             message = f"the checkpoint has no tensor {key}"
             raise CheckpointError(message)
         return entry
+
+    def data_start(self, file: str) -> int:
+        """Where the tensors of a file begin."""
+        return self._starts[file]
 
     def read(self, key: str, index: int | None = None) -> Array:
         """A tensor, or its slice at `index` of the leading axis, in its own element type (E8M0 as uint8).
@@ -143,8 +154,12 @@ class TensorFiles:
             raise CheckpointError(message) from error
         size = os.fstat(descriptor).st_size
         header = self._header(file, descriptor, size)
-        start = _LENGTH_BYTES + len(header)
-        return dict(_entries(file, header, start, size - start))
+        start = self._starts[file] = _LENGTH_BYTES + len(header)
+        records = parse_object(header, f"the header of {file}")
+        metadata = records.pop("__metadata__", None)
+        if isinstance(metadata, dict):
+            self.metadata |= {key: text for key, text in metadata.items() if isinstance(text, str)}
+        return dict(_entries(file, records, start, size - start))
 
     def _header(self, file: str, descriptor: int, size: int) -> bytes:
         prefix = os.pread(descriptor, _LENGTH_BYTES, 0)
@@ -161,6 +176,20 @@ class TensorFiles:
 def _close_all(descriptors: dict[str, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
+
+
+def file_sha256(path: Path, start: int) -> str:
+    """SHA-256 in hex of a file's bytes from `start` on. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            digest = hashlib.sha256()
+            while part := file.read(_READ_BYTES):
+                digest.update(part)
+    except OSError as error:
+        message = f"cannot read {path.name}: {error.strerror}"
+        raise CheckpointError(message) from error
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -208,10 +237,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     return places
 
 
-def _entries(file: str, header: bytes, start: int, data_bytes: int) -> Iterable[tuple[str, TensorEntry]]:
+def _entries(file: str, records: Mapping[str, Any], start: int, data_bytes: int) -> Iterable[tuple[str, TensorEntry]]:
     """Entries in the order of their bytes, which must follow on one another to the end of the file: no overlap, no hole, nothing outside."""
-    records = parse_object(header, f"the header of {file}")
-    records.pop("__metadata__", None)
     end = 0
     for key, record in sorted(records.items(), key=lambda item: _range(file, *item)):
         begin, stop = _range(file, key, record)

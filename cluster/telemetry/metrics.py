@@ -26,6 +26,10 @@ class RouterMetrics:
         self._bytes = Counter("moe_link_bytes", "Row bytes over expert links", ["direction"], registry=registry)
         self._bytes_by_direction = {direction: self._bytes.labels(direction) for direction in ("sent", "received")}  # looked up once, counted often
         self._retries = Counter("moe_redispatches", "Segments sent again to another copy", ["reason"], registry=registry)
+        self._ejections = Counter("moe_ejections", "Expert actors that get no rows because they were lost or made no progress", registry=registry)
+        self._distrusted = Gauge(
+            "moe_last_distrust_seconds", "When an actor was last lost or ejected, on the machine's monotonic clock", ["why"], registry=registry
+        )
         self._queue_age = Gauge("moe_queue_age_seconds", "Age of the oldest row that waits for a frame", registry=registry)
         self._queued = Gauge("moe_queued_tokens", "Rows that wait for a frame", registry=registry)
         self._inflight = Gauge("moe_requests_in_flight", "Requests admitted and not yet ended", registry=registry)
@@ -36,6 +40,14 @@ class RouterMetrics:
         self._links = Gauge("moe_links_ready", "Expert links that are ready", registry=registry)
         self._load = Counter("moe_expert_tokens", "Rows by expert; for operators, off by default", ["model", "layer", "expert"], registry=registry)
         Gauge("moe_build_info", "Always 1", ["version"], registry=registry).labels(version).set(1)
+
+    def ejected(self) -> None:
+        """Count one ejection."""
+        self._ejections.inc()
+
+    def distrusted(self, why: str, now_s: float) -> None:
+        """Note when an actor was `lost` or `ejected`; `now_s` is monotonic."""
+        self._distrusted.labels(why).set(now_s)
 
     def request_refused(self, code: str) -> None:
         """Count one call that was refused before its handler: it has no model, and no duration that says anything."""

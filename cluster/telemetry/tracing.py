@@ -55,6 +55,9 @@ class Span:
     def fail(self, error: BaseException) -> None:
         """Mark the span failed, by the error's type only: messages may quote a caller."""
 
+    def end(self) -> None:
+        """End a span that `Tracing.open` gave."""
+
 
 _SILENT: Final = Span()
 _current: ContextVar[Span] = ContextVar("moelastic_span", default=_SILENT)
@@ -79,6 +82,9 @@ class _Recorded(Span):
     def fail(self, error: BaseException) -> None:
         self.set(error_type=type(error).__name__)
         self._inner.set_status(Status(StatusCode.ERROR))
+
+    def end(self) -> None:
+        self._inner.end()
 
 
 class Tracing:
@@ -137,8 +143,11 @@ class Tracing:
         finally:
             _current.reset(current)
             _in_trace.reset(inside)
-            if isinstance(span, _Recorded):
-                span._inner.end()  # noqa: SLF001  (the wrapper's own module)
+            span.end()
+
+    def open(self, name: str, *, kind: Kind = "internal", parent: str, attributes: Mapping[str, AttributeValue] | None = None) -> Span:
+        """A span below `parent` that is nobody's current one, for work that callbacks end; its owner calls `end`. Silent where the parent is."""
+        return self._start(name, kind, parent, (), attributes or {}) if parent else _SILENT
 
     def _start(self, name: str, kind: Kind, parent: str | None, links: Sequence[str], attributes: Mapping[str, AttributeValue]) -> Span:
         if self._provider is None:

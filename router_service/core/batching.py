@@ -19,6 +19,7 @@ from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, Result, 
 from router_service.core.fair_queue import FairQueue, SegmentKey, Span
 from router_service.core.frame_draft import FrameDraft, Piece
 from router_service.core.frame_outcome import check_result, error_of_frame, error_of_segment
+from router_service.core.hope import check_hope
 
 _MIN_RETRY_AFTER_S = 0.01
 _MAX_RETRY_AFTER_S = 5.0
@@ -82,10 +83,11 @@ class _Run:
 
 
 class FramePlan(NamedTuple):
-    """A frame to send: its header, and the pieces whose rows make its body, in that order."""
+    """A frame to send: its header, the pieces whose rows make its body, in that order, and their rows in all."""
 
     forward: Forward
     pieces: tuple[Piece, ...]
+    num_tokens: int
 
 
 class PieceRows(NamedTuple):
@@ -100,8 +102,13 @@ class PieceRows(NamedTuple):
 
 @dataclass(slots=True)
 class FrameOutcome:
-    """What a Result means: rows that came, and runs that ended in an error. Runs that had ended before, withdrawn or lost, are in neither."""
+    """What a Result means: rows that came, and runs that ended in an error. Runs that had ended before, withdrawn or lost, are in neither.
 
+    `num_tokens` and `took_s` are of the frame, from its sending; 0 when it was not in flight.
+    """
+
+    num_tokens: int = 0
+    took_s: float = 0.0
     rows: list[PieceRows] = field(default_factory=list)
     failed: list[tuple[int, MoeError]] = field(default_factory=list)
 
@@ -173,6 +180,9 @@ class Lane:
         if offer.dim * offer.dtype.itemsize > self._limits.max_frame_bytes:
             message = f"one row is larger than a frame of {self._limits.max_frame_bytes} bytes; raise link.max_frame_bytes"
             raise InvalidRequest(message, field="rows")
+        rows_before = self._queue.rows_before(offer.num_rows) + sum(sent.num_tokens for sent in self._in_flight.values())
+        if rows_before > self._limits.max_tokens_per_frame:
+            check_hope(rows_before + offer.num_rows, self._tokens_per_s, offer.deadline_s - now_s)
         self._admit(offer.num_rows)
         self._num_runs += 1
         run_id = self._num_runs
@@ -217,10 +227,10 @@ class Lane:
 
         Raises InvalidRequest for a result that cannot belong to its frame; the link cannot be trusted then.
         """
-        outcome = FrameOutcome()
         sent = self._in_flight.get(result.frame_id)
         if sent is None:
-            return outcome
+            return FrameOutcome()
+        outcome = FrameOutcome(sent.num_tokens, now_s - sent.sent_s)
         check_result(sent.forward, result)
         del self._in_flight[result.frame_id]
         self._learn_rate(sent, now_s)
@@ -246,6 +256,18 @@ class Lane:
             self._end(run_id)
         self._in_flight.clear()
         return lost
+
+    def abandon(self) -> list[int]:
+        """The actor is not trusted to answer: end every run, but count its frames until their Results come. Gives the runs."""
+        ended = list(self._runs)
+        for run_id in ended:
+            self._end(run_id)
+        return ended
+
+    def forget_abandoned(self) -> None:
+        """The actor is tried again: frames that nobody waits for leave its window, since their Results may be lost; what they still bring means nothing."""
+        awaited = {frame_id for run in self._runs.values() for frame_id in run.frame_ids}
+        self._in_flight = {frame_id: sent for frame_id, sent in self._in_flight.items() if frame_id in awaited}
 
     def turn_away(self) -> list[int]:
         """Nothing more may be sent: end every run that still has rows to send. Gives them; the others await their Result."""
@@ -298,7 +320,7 @@ class Lane:
         for _, pieces in groups:
             for piece in pieces:
                 self._runs[piece.run_id].frame_ids.add(forward.frame_id)
-        return FramePlan(forward, tuple(piece for _, pieces in groups for piece in pieces))
+        return FramePlan(forward, tuple(piece for _, pieces in groups for piece in pieces), num_tokens)
 
     def _segment(self, key: SegmentKey, pieces: Sequence[Piece], now_s: float) -> Segment:
         self._num_segments += 1

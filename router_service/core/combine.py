@@ -39,10 +39,16 @@ def finish(total_TD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The reply [T, D] in the caller's dtype. Raises DataLoss, with the rows, when finite input gave an output that is not finite in that dtype."""
     reply_TD = total_TD.to(dtype)
     if not is_finite(reply_TD):
-        bad = torch.nonzero(~torch.isfinite(reply_TD).all(dim=1)).flatten().tolist()
-        message = f"{len(bad)} rows of the output are not finite in {str(dtype).removeprefix('torch.')}; check the weights, or send fp32 hidden states"
-        raise DataLoss(message, failed_rows=tuple(bad))
+        raise not_finite(reply_TD)
     return reply_TD
+
+
+def not_finite(reply_TD: torch.Tensor) -> DataLoss:
+    """What to say of a reply that is not finite in its dtype, with its rows."""
+    bad = torch.nonzero(~torch.isfinite(reply_TD).all(dim=1)).flatten().tolist()
+    dtype = str(reply_TD.dtype).removeprefix("torch.")
+    message = f"{len(bad)} rows of the output are not finite in {dtype}; check the weights, or send fp32 hidden states"
+    return DataLoss(message, failed_rows=tuple(bad))
 
 
 def is_finite(x: torch.Tensor) -> bool:

@@ -87,6 +87,11 @@ class FairQueue:
         flow.spans[span] = None
         self.num_rows += span.num_rows
 
+    def rows_before(self, num_rows: int) -> int:
+        """At most how many rows leave before the last of so many new ones of a flow that has none here: every other flow has as many turns."""
+        turns = -(-num_rows // self.quantum)
+        return min(self.num_rows, turns * self.quantum * len(self._flows))
+
     def remove(self, span: Span) -> None:
         """Take a span out that is still here; what frames already hold of it stays there."""
         entry = self._flows[span.flow]

@@ -5,6 +5,7 @@ Shape legend: T tokens, K choices of a token, V versions that answered.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,8 +39,9 @@ OUTCOME_OF_ROLE = {Role.REPLICA: Outcome.EXACT, Role.SHADOW: Outcome.SHADOW}
 class Plan:
     """Who answered what, enough to recompute the reply (`router_service.replay`). All arrays are [T, K].
 
-    `expert_ids` int32, -1 where unused or dropped; `weights` fp32 as used in the combine; `outcomes` uint8; `version_index` int32 into `versions`
-    and `generations` int32, -1 where nobody answered; `attempts` uint8, from 0. `versions` are SHA-256 digests, 32 bytes each.
+    `expert_ids` int32, -1 where unused or dropped; `weights` fp32 as used in the combine; `outcomes` uint8; `version_index` int32 into `versions`, -1 where
+    nobody computed, the fallback's where one did; `generations` int32, -1 where no copy answered; `attempts` uint8, from 0. `versions` are SHA-256 digests,
+    32 bytes each.
     """
 
     expert_ids: NDArray[np.int32]
@@ -95,6 +97,7 @@ class Ledger:
         self._weights = weights_TK
         self._outcomes = np.where(dropped_TK, Outcome.DROPPED, np.where(expert_ids_TK < 0, Outcome.UNUSED, 0)).astype(np.uint8)
         self._answers: dict[int, Answer] = {}
+        self._fallbacks: dict[Outcome, str] = {}
 
     def answered(self, index: int, answer: Answer) -> None:
         """Every choice of expert `index` was answered. Raises InvariantBroken when it was already: a choice counts once."""
@@ -103,6 +106,19 @@ class Ledger:
             raise InvariantBroken(message)
         self._answers[index] = answer
         self._outcomes[self._expert_ids == index] = OUTCOME_OF_ROLE[answer.role]
+
+    def stood_in(self, outcomes_TK: NDArray[np.uint8], weights_TK: NDArray[np.float32], versions: Mapping[Outcome, str]) -> None:
+        """What the ladder decided for lost choices: outcomes where they are not 0, the weights that the combine used, and the version of each fallback.
+
+        Raises InvariantBroken when a choice was answered already: a choice counts once.
+        """
+        is_lost_TK = outcomes_TK != 0
+        if self._outcomes[is_lost_TK].any():
+            message = "the ladder decided for a choice that has an outcome"
+            raise InvariantBroken(message)
+        self._outcomes = np.where(is_lost_TK, outcomes_TK, self._outcomes)
+        self._weights = weights_TK
+        self._fallbacks = {outcome: version for outcome, version in versions.items() if (outcomes_TK == outcome).any()}
 
     def report(self, *, epoch: int, want_plan: bool) -> Report:
         """The account. Raises InvariantBroken when a choice has no outcome."""
@@ -118,7 +134,7 @@ class Ledger:
         return Report(**named, epoch=epoch, degraded_tokens=degraded, plan=self._plan() if want_plan else None)
 
     def _plan(self) -> Plan:
-        versions = sorted({answer.version for answer in self._answers.values()})
+        versions = sorted({*(answer.version for answer in self._answers.values()), *self._fallbacks.values()})
         version_index = np.full(self._expert_ids.shape, NOBODY, np.int32)
         generations = np.full(self._expert_ids.shape, NOBODY, np.int32)
         attempts = np.zeros(self._expert_ids.shape, np.uint8)
@@ -127,5 +143,7 @@ class Ledger:
             version_index[mine_TK] = versions.index(answer.version)
             generations[mine_TK] = answer.generation
             attempts[mine_TK] = min(answer.attempt, MAX_ATTEMPT)
+        for outcome, version in self._fallbacks.items():
+            version_index[self._outcomes == outcome] = versions.index(version)
         digests = tuple(bytes.fromhex(version) for version in versions)
         return Plan(self._expert_ids, self._weights, self._outcomes, version_index, generations, attempts, digests)

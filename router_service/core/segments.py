@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.core.descriptors import DType
+from cluster.core.errors import MoeError
 from cluster.core.ids import ExpertId, Incarnation, Role
 from cluster.core.routing_table import TableCopy
 
 Rows = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen, since many are made for each call and a frozen one takes three times as long to make; nobody changes them all the same.
+@dataclass(slots=True, eq=False)
 class SegmentRequest:
     """Rows of one request for one copy. `rows` is [n, dim * itemsize], C-contiguous, and must not change until the reply.
 
     `deadline_s` is in the clock of the event loop. `flow` says whose turn the rows take when actors are busy (a request, a tenant);
-    None: this segment alone.
+    None: this segment alone. `is_hedge`: it is asked because another copy is late.
     """
 
     expert: ExpertId
@@ -34,6 +37,7 @@ class SegmentRequest:
     attempt: int
     traceparent: str | None = None
     flow: Any = None
+    is_hedge: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -41,7 +45,7 @@ class SegmentRequest:
         return self.dim * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SegmentReply:
     """The expert's output for each row, in order, and where the time went.
 
@@ -59,3 +63,7 @@ class SegmentReply:
     node_id: str
     bytes_sent: int
     bytes_received: int
+
+
+OnEnd = Callable[[SegmentReply | MoeError], None]
+Withdraw = Callable[[], None]

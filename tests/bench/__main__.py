@@ -4,60 +4,133 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from bench import generation, growth, kernels, leak, overload, slots
+from bench.document import FOLDER, fill_readme, write
 from bench.profile import profile
-from bench.report import figure_of, show, write
-from bench.rig import Rig, running
-from bench.settings import CASES, SMOKE, Settings
-from cluster.local.settings import PROJECT_ROOT
+from bench.report import plot, section_of
+from bench.rig import Rig, running, start_cluster
+from bench.settings import CASES, OURS, SMOKE, Settings
+from bench.tables import Section
+from cluster.local.cluster import LocalCluster
+
+Shared = Callable[[Rig], Section]
+# On one deployment, with the peers beside it or without.
+SHARED: dict[str, Shared] = {"overload": overload.run, "generation": generation.run}
+# Each with deployments of its own, one after the other.
+OWN: dict[str, Callable[[LocalCluster, Settings, Path], Section]] = {"growth": growth.run, "slots": slots.run}
+DEFAULT = ("kernels", "peers", "profile", *SHARED)
+EVERYTHING = (*DEFAULT, *OWN, "leak")
 
 
 def main() -> None:
-    """One command, one run: a table, a JSON file, two plots."""
+    """One command, one run: tables, a JSON file, plots."""
+    given = _parser().parse_args()
+    settings = settings_of(given)
+    wanted = tuple(given.only.split(",")) if given.only else EVERYTHING if given.full else DEFAULT
+    if given.profile:
+        wanted = ("profile",)
+    if given.leak is not None:
+        wanted, settings = ("leak",), replace(settings, leak_requests=given.leak)
+    if unknown := set(wanted) - set(EVERYTHING):
+        message = f"--only: {', '.join(sorted(unknown))} is none of {', '.join(EVERYTHING)}"
+        raise SystemExit(message)
+    console = Console(width=190)
+    with tempfile.TemporaryDirectory(prefix="moelastic-bench-") as folder:
+        measure(settings, wanted, Path(folder), given.out, console)
+    if given.out == FOLDER:
+        fill_readme(given.out)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moelastic bench", description=__doc__)
-    parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "bench", help="folder of the JSON file and the plots")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the JSON file and the plots")
+    parser.add_argument("--only", help=f"comma-separated sections out of {', '.join(EVERYTHING)}; default: {', '.join(DEFAULT)}")
+    parser.add_argument("--full", action="store_true", help="every section; up to 40 minutes")
     parser.add_argument("--rounds", type=int, help="how often each row takes its turn")
     parser.add_argument("--seconds", type=float, help="how long each turn is")
     parser.add_argument("--actors", type=int, help="expert actors; default: one for each core")
-    parser.add_argument("--rows", help="comma-separated: in_process, moelastic, ray_actors, serve_actors.per_expert, serve_actors.all_in_one")
+    parser.add_argument("--layout", choices=("mapped", "widened", "auto"), help="actors.layout of our deployment")
+    parser.add_argument("--rows", help="comma-separated rows of the section `peers`, as its table names them")
     parser.add_argument("--cases", help="comma-separated CALLERSxTOKENS out of those that are known, as in 1x8,16x64")
     parser.add_argument("--smoke", action="store_true", help="tiny experts, one short round: whether it works, not how fast")
-    parser.add_argument("--profile", action="store_true", help="print where the time of one request goes, instead of the table")
-    given = parser.parse_args()
-    changes = {"rounds": given.rounds, "seconds": given.seconds, "num_actors": given.actors}
+    parser.add_argument("--profile", action="store_true", help="the section `profile` alone: where the time of one request goes")
+    parser.add_argument("--leak", type=int, metavar="N", help="the section `leak` alone, with so many requests")
+    return parser
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """The settings that the options ask for."""
+    changes = {"rounds": given.rounds, "seconds": given.seconds, "num_actors": given.actors, "layout": given.layout}
     settings = replace(SMOKE if given.smoke else Settings(), **{name: value for name, value in changes.items() if value})
     if given.rows:
         settings = replace(settings, rows=tuple(given.rows.split(",")))
     if given.cases:
         wanted = set(given.cases.split(","))
         settings = replace(settings, cases=tuple(case for case in CASES if f"{case.callers}x{case.tokens}" in wanted))
-    if given.profile:
-        settings = replace(settings, rows=("moelastic",))
-    console = Console(width=170)
-    with tempfile.TemporaryDirectory(prefix="moelastic-bench-") as folder, running(settings, Path(folder)) as rig:
-        if given.profile:
-            profile(rig, console)
-        else:
-            measure(rig, Path(folder), given.out, console)
+    return settings
 
 
-def measure(rig: Rig, folder: Path, out: Path, console: Console) -> Path:
-    """Check every answer, take the rows in turns, report. Returns the JSON's path."""
+def measure(settings: Settings, wanted: tuple[str, ...], folder: Path, out: Path, console: Console, cluster: LocalCluster | None = None) -> Path | None:
+    """Take sections and write each as soon as it is there. `cluster`: one that runs already and is left running. Returns the JSON's path."""
+    begun_s = time.monotonic()
+    path: Path | None = None
+
+    def keep(name: str, section: Section) -> None:
+        nonlocal path
+        section.show(console)
+        path = write(out, settings, {name: section})
+        console.print(f"{name}: {time.monotonic() - begun_s:.0f} s since the start; wrote {path}")
+
+    if "kernels" in wanted:
+        keep("kernels", kernels.run(settings))
+    if {*wanted} <= {"kernels"}:
+        return path
+    with ExitStack() as ending:
+        if cluster is None:
+            cluster = start_cluster(folder)
+            ending.callback(cluster.stop)
+        if {"peers", "profile", "leak", *SHARED} & {*wanted}:
+            _on_one_deployment(settings, wanted, folder, out, console, cluster, keep)
+        for name, run in OWN.items():
+            if name in wanted:
+                keep(name, run(cluster, settings, folder))
+    return path
+
+
+def _on_one_deployment(
+    settings: Settings, wanted: tuple[str, ...], folder: Path, out: Path, console: Console, cluster: LocalCluster, keep: Callable[[str, Section], None]
+) -> None:
+    """What needs peers while they run; then the rest, with nobody beside it."""
+    if "peers" in wanted:
+        with running(settings, folder / "peers", cluster) as rig:
+            section = take_turns(rig, folder, console)
+        keep("peers", section)
+        plot(out, settings.cases, section)
+    if {"profile", "leak", *SHARED} & {*wanted}:
+        with running(replace(settings, rows=(OURS,)), folder / "alone", cluster) as rig:
+            for name, run in {"profile": profile, **SHARED, "leak": leak.run}.items():
+                if name in wanted:
+                    keep(name, run(rig))
+
+
+def take_turns(rig: Rig, folder: Path, console: Console) -> Section:
+    """Check every answer, measure the rows in turns."""
     differences = rig.check_answers(folder)
+    idle_cores = rig.idle_cores()
     for number in range(rig.settings.rounds):
         console.print(f"round {number + 1} of {rig.settings.rounds}")
         for case in rig.settings.cases:
             for row in rig.rows_of(case):
                 row.take(case, rig.settings)
-    figures = [figure_of(case, row) for case in rig.settings.cases for row in rig.rows_of(case)]
-    show(rig.settings.cases, figures, console)
-    path = write(out, rig.settings, figures, differences)
-    console.print(f"wrote {path}")
-    return path
+    return section_of(rig, differences, idle_cores)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 {"do": "answer", "model": "bench", "tokens": 8, "seed": 1, "path": "answer.npy"}                  call once, save the answer to be checked
 {"do": "measure", "model": "bench", "callers": 16, "tokens": 64, "seconds": 1.0, "warm_up": 3}    {"latencies_s": [...], "wall_s": ..., "cpu_s": ...}
+{"do": "flood", "model": "bench", "tokens": 64, "rate_per_s": 900.0, "seconds": 5.0, "timeout_s": 1.0}   send at even intervals, waiting for nothing
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Caller:
 
     def answer(self, model: str, tokens: int, seed: int, path: str) -> dict[str, Any]:
         """Save what the peer answers to rows of a seed."""
-        rows = random_rows(self._sizes, tokens, seed)
+        rows = random_rows(self._sizes, tokens, seed, model)
         blocking, concurrent = self._peer.call(rows, model), self._loop.run_until_complete(self._peer.acall(rows, model))
-        np.save(path, np.stack([blocking.view(np.uint16), concurrent.view(np.uint16)]))
+        np.save(path, np.stack([blocking.astype(np.float32), concurrent.astype(np.float32)]))
         return {}
 
     def measure(self, model: str, callers: int, tokens: int, seconds: float, warm_up: int) -> dict[str, Any]:
         """Call for some seconds; what `warm_up` calls of each caller take is not counted."""
-        inputs = [random_rows(self._sizes, tokens, seed) for seed in range(NUM_INPUTS)]
+        inputs = [random_rows(self._sizes, tokens, seed, model) for seed in range(NUM_INPUTS)]
         if callers == 1:
             self._block(inputs, model, warm_up, 0.0)
             begun_s, cpu_s = time.perf_counter(), time.process_time()
@@ -51,6 +52,33 @@ class Caller:
             begun_s, cpu_s = time.perf_counter(), time.process_time()
             latencies = self._loop.run_until_complete(self._together(inputs, model, callers, 1, seconds))
         return {"latencies_s": latencies, "wall_s": time.perf_counter() - begun_s, "cpu_s": time.process_time() - cpu_s}
+
+    def flood(self, model: str, tokens: int, rate_per_s: float, seconds: float, timeout_s: float) -> dict[str, Any]:
+        """Send at even intervals whatever becomes of it; the peer's `attempt` makes one attempt and says what became of that."""
+        inputs = [random_rows(self._sizes, tokens, seed, model) for seed in range(NUM_INPUTS)]
+        return self._loop.run_until_complete(self._flood(inputs, model, rate_per_s, seconds, timeout_s))
+
+    async def _flood(self, inputs: list[Rows], model: str, rate_per_s: float, seconds: float, timeout_s: float) -> dict[str, Any]:
+        found: dict[str, list[float]] = {"answered": [], "refused": [], "late": [], "failed": []}
+        under_way: set[asyncio.Task[None]] = set()
+
+        async def one(number: int) -> None:
+            begun_s = time.perf_counter()
+            ending = await self._peer.attempt(inputs[number % NUM_INPUTS], model, timeout_s)
+            found[ending].append(time.perf_counter() - begun_s)
+
+        begun_s, number = time.perf_counter(), 0
+        while (elapsed_s := time.perf_counter() - begun_s) < seconds:
+            while number < elapsed_s * rate_per_s:
+                task = asyncio.ensure_future(one(number))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                number += 1
+            await asyncio.sleep(0.001)
+        ended_s = time.time()
+        await asyncio.gather(*under_way)
+        answer = {"num_sent": number, "answered_s": found["answered"], "refused_s": found["refused"], "ended_s": ended_s}
+        return answer | {"num_late": len(found["late"]), "num_failed": len(found["failed"])}
 
     def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float) -> list[float]:
         latencies: list[float] = []
@@ -92,8 +120,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        reply = {"answer": caller.answer, "measure": caller.measure}[command.pop("do")](**command)
+        reply = {"answer": caller.answer, "measure": caller.measure, "flood": caller.flood}[command.pop("do")](**command)
         print(json.dumps(reply), file=answers, flush=True)
+    getattr(peer, "close", lambda: None)()
 
 
 if __name__ == "__main__":

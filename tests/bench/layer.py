@@ -5,7 +5,8 @@ Shape legend: T tokens, D model width, F expert width, E experts, K choices of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.settings import LAYER, Sizes
+from bench.settings import LAYER, WIDE_MODEL, Sizes
 from examples.custom_moe.tiny_moe import GatedExpert, LinearGate, save_experts
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -26,18 +27,19 @@ TOLERANCE = 0.05
 Rows = np.ndarray[Any, np.dtype[Any]]
 
 
-def save_layer(folder: Path, sizes: Sizes, intermediate_size: int, seed: int = 0) -> Path:
-    """Write the layer as a folder that the cluster can serve."""
+def save_layer(folder: Path, sizes: Sizes, intermediate_size: int, seed: int = 0, layer: int = LAYER) -> Path:
+    """Write the layer as a folder that the cluster can serve, or add it to one."""
     torch.manual_seed(seed)
     gate = LinearGate(sizes.hidden_size, sizes.num_experts).to(torch.bfloat16)
     experts = [GatedExpert(sizes.hidden_size, intermediate_size).to(torch.bfloat16) for _ in range(sizes.num_experts)]
-    save_experts(folder, gate, experts, num_experts_per_token=sizes.top_k, layer=LAYER)
+    save_experts(folder, gate, experts, num_experts_per_token=sizes.top_k, layer=layer)
     return folder
 
 
-def random_rows(sizes: Sizes, num_tokens: int, seed: int) -> Rows:
-    """Hidden states [T, D] in bf16."""
-    return np.random.default_rng(seed).standard_normal((num_tokens, sizes.hidden_size)).astype(BF16)
+def random_rows(sizes: Sizes, num_tokens: int, seed: int, model: str = "") -> Rows:
+    """Hidden states [T, D] in bf16, or in fp32 with values of bf16 for the model that is served so."""
+    rows = np.random.default_rng(seed).standard_normal((num_tokens, sizes.hidden_size)).astype(BF16)
+    return rows.astype(np.float32) if model == WIDE_MODEL else rows
 
 
 def to_torch(rows: Rows) -> Tensor:
@@ -57,28 +59,41 @@ class Expert:
     gate_up: Tensor
     down: Tensor
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = functional.linear) -> Tensor:
         """The expert's output [T, D]."""
-        gate_TF, up_TF = functional.linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate_TF) * up_TF, self.down)
+        gate_TF, up_TF = multiply(x_TD, self.gate_up).chunk(2, dim=-1)
+        return multiply(functional.silu(gate_TF) * up_TF, self.down)
 
 
 class Layer:
     """Gate and experts in one process, written plainly and as fast as torch allows: the experts that `indices` names, or all."""
 
-    def __init__(self, folder: Path, sizes: Sizes, dtype: torch.dtype = torch.bfloat16, indices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sizes,
+        dtype: torch.dtype = torch.bfloat16,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        self._multiply: Callable[[Tensor, Tensor], Tensor] = functional.linear
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
         prefix = f"layers.{LAYER}"
-        self._gate = tensors[f"{prefix}.gate.weight"]
+        self.gate = tensors[f"{prefix}.gate.weight"]
         self._top_k = sizes.top_k
         self.experts: dict[int, Expert] = {}
         for index in range(sizes.num_experts) if indices is None else indices:
             gate, up, down = (tensors[f"{prefix}.experts.{index}.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
             self.experts[index] = Expert(torch.cat([gate, up]), down)
 
+    def multiplied_by(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> Layer:
+        """The same weights with another matrix product."""
+        other = copy(self)
+        other._multiply = multiply
+        return other
+
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [T, K] and their weights [T, K], fp32."""
-        scores_TE = functional.linear(x_TD.float(), self._gate.float()).softmax(dim=-1)
+        scores_TE = functional.linear(x_TD.float(), self.gate.float()).softmax(dim=-1)
         weights_TK, ids_TK = scores_TE.topk(self._top_k, dim=-1)
         return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True)
 
@@ -87,7 +102,7 @@ class Layer:
         ids_TK, weights_TK = self.choose(x_TD)
         total_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
         for index, token, weight in groups_of(ids_TK, weights_TK):
-            total_TD.index_add_(0, token, self.experts[index](x_TD[token]).float().mul_(weight))
+            total_TD.index_add_(0, token, self.experts[index](x_TD[token], self._multiply).float().mul_(weight))
         return total_TD.to(x_TD.dtype)
 
 
@@ -102,10 +117,10 @@ def groups_of(ids_TK: Tensor, weights_TK: Tensor) -> list[tuple[int, Tensor, Ten
 
 
 def check(answer: Rows, rows: Rows, reference: nn.Module | Layer) -> float:
-    """How far an answer is from the reference, relative to its largest element. Raises ValueError above the tolerance."""
+    """How far an answer, in fp32, is from the reference, relative to its largest element. Raises ValueError above the tolerance."""
     with torch.no_grad():
-        expected_TD = reference(to_torch(rows).float())
-    difference = float((to_torch(answer).float() - expected_TD).abs().max() / expected_TD.abs().max())
+        expected_TD = reference(torch.from_numpy(rows.astype(np.float32)))
+    difference = float((torch.from_numpy(answer) - expected_TD).abs().max() / expected_TD.abs().max())
     if not difference <= TOLERANCE:
         message = f"the answer differs from the reference by {difference:.3f} of its largest element; at most {TOLERANCE} is rounding"
         raise ValueError(message)

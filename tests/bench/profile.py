@@ -13,12 +13,11 @@ from secrets import token_hex
 from statistics import median
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from bench.layer import random_rows
 from bench.rig import Rig
-from bench.settings import LAYER, Case
+from bench.settings import LAYER, WIDE_MODEL, Case
+from bench.tables import Section, Table
 from cluster.deploy.connection import read_token
 from cluster.telemetry.trace_files import SpanRecord, read_spans
 from kit.waiting import wait_until
@@ -30,10 +29,10 @@ PARTS = ("client", "gRPC", "router: check, account", "gate", "sort", "dispatch: 
 FLUSH_S = 20.0
 
 
-def profile(rig: Rig, console: Console) -> dict[str, dict[str, float]]:
-    """Print the median of each part, in microseconds, for each case of one caller; returns them."""
+def profile(rig: Rig) -> Section:
+    """The median of each part for each case of one caller."""
     found: dict[str, dict[str, float]] = {}
-    for case in (case for case in rig.settings.cases if case.callers == 1):
+    for case in (case for case in rig.settings.cases if case.callers == 1 and case.model != WIDE_MODEL):
         traced = _call(rig, case)
         wait_until(lambda known=traced: set(known) <= _ended(rig.trace_dir), "the traces are written", timeout_s=FLUSH_S)
         spans: dict[str, list[SpanRecord]] = {}
@@ -42,8 +41,7 @@ def profile(rig: Rig, console: Console) -> dict[str, dict[str, float]]:
         client_s = _client_s(rig, case)
         parts = [parts_of(total_s, client_s, spans[trace_id]) for trace_id, total_s in traced.items()]
         found[case.name] = {name: median(part[name] for part in parts) for name in PARTS} | {"total": median(traced.values())}
-    _show(found, console)
-    return found
+    return Section([_table(found)], {"seconds": found})
 
 
 def _call(rig: Rig, case: Case) -> dict[str, float]:
@@ -115,14 +113,8 @@ def _seconds(spans: Sequence[SpanRecord]) -> float:
     return sum(span.end_ns - span.start_ns for span in spans) / 1e9
 
 
-def _show(found: dict[str, dict[str, float]], console: Console) -> None:
-    table = Table(title="where the time of one request goes, microseconds (medians; traced, which costs a little itself)")
-    table.add_column("part")
-    for case in found:
-        table.add_column(case, justify="right")
-    for name in PARTS:
-        table.add_row(name, *(f"{1e6 * parts[name]:,.0f}" for parts in found.values()))
-    table.add_section()
-    table.add_row("sum of the medians", *(f"{1e6 * sum(parts[name] for name in PARTS):,.0f}" for parts in found.values()))
-    table.add_row("as the caller saw it", *(f"{1e6 * parts['total']:,.0f}" for parts in found.values()))
-    console.print(table)
+def _table(found: dict[str, dict[str, float]]) -> Table:
+    rows = [(name, *(f"{1e6 * parts[name]:,.0f}" for parts in found.values())) for name in PARTS]
+    rows.append(("sum of the medians", *(f"{1e6 * sum(parts[name] for name in PARTS):,.0f}" for parts in found.values())))
+    rows.append(("as the caller saw it", *(f"{1e6 * parts['total']:,.0f}" for parts in found.values())))
+    return Table("where the time of one request goes, microseconds", ("part", *found), rows, "Medians; traced, which costs a little itself.")

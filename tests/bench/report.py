@@ -1,25 +1,36 @@
-"""From samples to a table, a JSON file and two plots."""
+"""The rows beside each other: from samples to figures, verdicts, a table and two plots."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
 
 import psutil
-import torch
-from rich.console import Console
-from rich.table import Table
 
+from bench.rig import Rig
 from bench.rows import BestOf, Row, Sample
-from bench.settings import GOALS, IDLE_GOAL_S, IDLE_MODEL, Case, Settings
+from bench.settings import (
+    ECHO,
+    GOALS,
+    HIVEMIND,
+    HIVEMIND_GOAL,
+    IDLE_GOAL_S,
+    IDLE_MODEL,
+    IN_PROCESS,
+    MODEL,
+    OURS,
+    PER_EXPERT,
+    SERVE_ROWS,
+    WIDE_MODEL,
+    WIDENED,
+    Case,
+)
+from bench.tables import Section, Table
 
-REFERENCE = "in_process"
-OURS = "moelastic"
+# Measured elsewhere, on a quiet machine of two cores, with hivemind 1.1.12; shown where it cannot be measured here.
+HIVEMIND_ELSEWHERE_S = {Case(1, 8, WIDE_MODEL): 0.069, Case(1, 64, WIDE_MODEL): 0.436}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,7 @@ class Figure:
     tokens_per_s: float
     tokens_spread_per_s: tuple[float, float]
     client_cpu_s_per_call: float
+    server_cpu_s_per_call: float
     num_calls: int
 
 
@@ -54,82 +66,141 @@ def figure_of(case: Case, row: Row | BestOf) -> Figure:
         tokens_per_s=median(rates),
         tokens_spread_per_s=(min(rates), max(rates)),
         client_cpu_s_per_call=median(sample.cpu_s_per_call for sample in samples),
+        server_cpu_s_per_call=median(sample.server_cpu_s_per_call for sample in samples),
         num_calls=len(latencies),
     )
 
 
-def verdict(case: Case, figures: Sequence[Figure]) -> str:
-    """How ours stands in one case, beside the goal."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How ours stands in one case against one goal. `is_reached`: None where there is no goal, only something worth knowing."""
+
+    case: str
+    text: str
+    is_reached: bool | None = None
+
+
+def verdicts(case: Case, figures: Sequence[Figure]) -> list[Verdict]:
+    """Ours against the goals of a case, and against its ceiling."""
     found = {figure.row: figure for figure in figures if figure.case == case.name}
-    ours = found.get(OURS)
+    ours = found.pop(OURS, None)
     if ours is None:
-        return ""
+        return []
     if case.model == IDLE_MODEL:
-        echo = found.get("grpc_echo")
-        return "" if echo is None else f"echo + {1e3 * (ours.p50_s - echo.p50_s):.2f} ms (goal: at most + {1e3 * IDLE_GOAL_S:.2f})"
-    goal, reference = GOALS.get(case), found.get(REFERENCE)
+        added_s = ours.p50_s - found[ECHO].p50_s
+        return [Verdict(case.name, f"echo + {1e3 * added_s:.2f} ms (goal: at most + {1e3 * IDLE_GOAL_S:.1f})", added_s <= IDLE_GOAL_S)]
+    if case.model == WIDE_MODEL:
+        return _against_hivemind(case, ours, found.get(HIVEMIND))
+    return [*_against_in_process(case, ours, found), *_against_serve(case, ours, found)]
+
+
+def _against_in_process(case: Case, ours: Figure, found: dict[str, Figure]) -> list[Verdict]:
+    goal, reference = GOALS.get(case), found.get(IN_PROCESS)
     if goal is None or reference is None:
-        return ""
+        return []
+    ceiling = ceiling_of(case, reference, found[ECHO])
+    beside = f", {_ratio(case, ours, widened):.2f} x with the widened arithmetic" if (widened := found.get(WIDENED)) else ""
+    ratio = _ratio(case, ours, reference)
     if goal.latency_ratio is not None:
-        return f"{ours.p50_s / reference.p50_s:.2f} x in-process (goal: at most {goal.latency_ratio})"
-    return f"{ours.tokens_per_s / reference.tokens_per_s:.2f} x in-process (goal: at least {goal.throughput_ratio})"
+        text = f"{ratio:.2f} x in-process{beside} (goal: at most {goal.latency_ratio}; in-process and an echo one after the other: {ceiling:.2f} x)"
+        return [Verdict(case.name, text, ratio <= goal.latency_ratio)]
+    assert goal.throughput_ratio is not None
+    text = f"{ratio:.2f} x in-process{beside} (goal: at least {goal.throughput_ratio}; with Python gRPC on both sides at most about {ceiling:.2f} x)"
+    return [Verdict(case.name, text, ratio >= goal.throughput_ratio)]
 
 
-def show(cases: Sequence[Case], figures: Sequence[Figure], console: Console) -> None:
-    """Print the table."""
-    table = Table(title="callers x tokens; medians over interleaved rounds, smallest and largest round in brackets")
-    for column in ("case", "row", "p50 ms", "p99 ms", "tokens/s", "client CPU ms/call", ""):
-        table.add_column(column, justify="left" if column in {"case", "row", ""} else "right")
-    for case in cases:
-        verdict_shown = verdict(case, figures)
-        for figure in (figure for figure in figures if figure.case == case.name):
-            low_s, high_s = figure.p50_spread_s
-            table.add_row(
-                figure.case,
-                f"{figure.row} ({figure.variant})" if figure.variant else figure.row,
-                f"{1e3 * figure.p50_s:.2f} ({1e3 * low_s:.2f}-{1e3 * high_s:.2f})",
-                f"{1e3 * figure.p99_s:.2f}",
-                f"{figure.tokens_per_s:,.0f} ({figure.tokens_spread_per_s[0]:,.0f}-{figure.tokens_spread_per_s[1]:,.0f})",
-                f"{1e3 * figure.client_cpu_s_per_call:.2f}",
-                verdict_shown if figure.row == OURS else "",
-            )
-        table.add_section()
-    console.print(table)
+def ceiling_of(case: Case, reference: Figure, echo: Figure) -> float:
+    """What a perfect service behind Python gRPC could reach on these cores, against the process of its own.
+
+    One caller waits for both, one after the other. Many keep all cores busy: each call costs what the process of its own spends on its rows, on all
+    cores, and what the echo spends on both sides.
+    """
+    if case.callers == 1:
+        return (reference.p50_s + echo.p50_s) / reference.p50_s
+    compute_s = (psutil.cpu_count() or 1) * case.tokens / reference.tokens_per_s
+    return compute_s / (compute_s + echo.client_cpu_s_per_call + echo.server_cpu_s_per_call)
 
 
-def machine() -> dict[str, Any]:
-    """What this ran on."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": model,
-        "cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load_average": psutil.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def _ratio(case: Case, ours: Figure, other: Figure) -> float:
+    """Latency of one caller, throughput of many."""
+    return ours.p50_s / other.p50_s if case.callers == 1 else ours.tokens_per_s / other.tokens_per_s
 
 
-def write(folder: Path, settings: Settings, figures: Sequence[Figure], differences: dict[str, float]) -> Path:
-    """Write `bench.json` and both plots; returns the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "machine": machine(),
-        "settings": asdict(settings),
-        "largest_difference_from_fp32": differences,
-        "figures": [asdict(figure) for figure in figures],
-        "verdicts": {case.name: found for case in settings.cases if (found := verdict(case, figures))},
-    }
-    path = folder / "bench.json"
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    one = [case for case in settings.cases if case.callers == 1 and case.model != IDLE_MODEL]
-    many = sorted((case for case in settings.cases if case.model != IDLE_MODEL), key=lambda case: case.callers * case.tokens)
+def _against_serve(case: Case, ours: Figure, found: dict[str, Figure]) -> list[Verdict]:
+    goal, serve = GOALS.get(case), [found[row] for row in SERVE_ROWS if row in found]
+    if goal is None or not serve:
+        return []
+    ahead = (min(row.p50_s for row in serve) / ours.p50_s) if case.callers == 1 else ours.tokens_per_s / max(row.tokens_per_s for row in serve)
+    result = [Verdict(case.name, f"{ahead:.1f} x the better Ray Serve (goal: at least {goal.better_serve})", ahead >= goal.better_serve)]
+    if goal.serve_per_expert is not None and (theirs := found.get(PER_EXPERT)):
+        times = ours.tokens_per_s / theirs.tokens_per_s
+        result.append(Verdict(case.name, f"{times:.1f} x Ray Serve per expert (goal: at least {goal.serve_per_expert:.0f})", times >= goal.serve_per_expert))
+    return result
+
+
+def _against_hivemind(case: Case, ours: Figure, theirs: Figure | None) -> list[Verdict]:
+    if theirs is not None:
+        ahead, where = theirs.p50_s / ours.p50_s, f"hivemind's {1e3 * theirs.p50_s:.0f} ms"
+    elif case in HIVEMIND_ELSEWHERE_S:
+        ahead, where = (
+            HIVEMIND_ELSEWHERE_S[case] / ours.p50_s,
+            f"the {1e3 * HIVEMIND_ELSEWHERE_S[case]:.0f} ms that hivemind took on another machine, not measured here",
+        )
+    else:
+        return []
+    return [Verdict(case.name, f"{ahead:.1f} x faster than {where} (goal: at least {HIVEMIND_GOAL:.0f})", ahead >= HIVEMIND_GOAL)]
+
+
+def section_of(rig: Rig, differences: dict[str, float], idle_cores: dict[str, float]) -> Section:
+    """Tables and figures of everything that was sampled."""
+    cases = rig.settings.cases
+    figures = [figure_of(case, row) for case in cases for row in rig.rows_of(case)]
+    found = [verdict for case in cases for verdict in verdicts(case, figures)]
+    left_out = [f"{name}: {why}" for name, why in rig.left_out.items()]
+    burn = ", ".join(f"{name} {cores:.2f}" for name, cores in idle_cores.items() if cores >= 0.005)
+    note = "callers x tokens; medians over interleaved rounds, smallest and largest round in brackets; CPU of router and actors beside the caller's."
+    note += f" Cores burnt while idle: {burn or 'none'}." + (f" Not measured: {'; '.join(left_out)}." if left_out else "")
+    shown = {True: "yes", False: "NO", None: ""}
+    return Section(
+        [
+            Table("ours beside its peers", ("case", "row", "p50 ms", "p99 ms", "tokens/s", "caller CPU ms", "server CPU ms"), _lines(figures), note),
+            Table("against the goals", ("case", "ours", "reached"), [(one.case, one.text, shown[one.is_reached]) for one in found]),
+        ],
+        {
+            "figures": [asdict(figure) for figure in figures],
+            "verdicts": [asdict(one) for one in found],
+            "largest_difference_from_fp32": differences,
+            "idle_cores": idle_cores,
+            "left_out": rig.left_out,
+        },
+    )
+
+
+def _lines(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
+    return [
+        (
+            figure.case,
+            f"{figure.row} ({figure.variant})" if figure.variant else figure.row,
+            f"{1e3 * figure.p50_s:.2f} ({1e3 * figure.p50_spread_s[0]:.2f}-{1e3 * figure.p50_spread_s[1]:.2f})",
+            f"{1e3 * figure.p99_s:.2f}",
+            f"{figure.tokens_per_s:,.0f} ({figure.tokens_spread_per_s[0]:,.0f}-{figure.tokens_spread_per_s[1]:,.0f})",
+            f"{1e3 * figure.client_cpu_s_per_call:.2f}",
+            f"{1e3 * figure.server_cpu_s_per_call:.2f}" if figure.server_cpu_s_per_call else "",
+        )
+        for figure in figures
+    ]
+
+
+def plot(folder: Path, cases: Sequence[Case], section: Section) -> None:
+    """Write `latency.png` by batch size, and `throughput.png` by concurrency."""
+    figures = [Figure(**figure) for figure in section.data["figures"]]
+    one = [case for case in cases if case.callers == 1 and case.model == MODEL]
+    many = sorted((case for case in cases if case.model == MODEL), key=lambda case: case.callers * case.tokens)
     _plot(folder / "latency.png", one, figures, "p50 of one caller, ms", lambda figure: 1e3 * figure.p50_s)
     _plot(folder / "throughput.png", many, figures, "tokens/s", lambda figure: figure.tokens_per_s)
-    return path
 
 
-def _plot(path: Path, cases: Sequence[Case], figures: Sequence[Figure], title: str, value: Any) -> None:
+def _plot(path: Path, cases: Sequence[Case], figures: Sequence[Figure], title: str, value: Callable[[Figure], float]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -137,7 +208,7 @@ def _plot(path: Path, cases: Sequence[Case], figures: Sequence[Figure], title: s
 
     chart, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     names = [case.name for case in cases]
-    for row in dict.fromkeys(figure.row for figure in figures):
+    for row in dict.fromkeys(figure.row for figure in figures if figure.row != ECHO):
         points = {figure.case: value(figure) for figure in figures if figure.row == row and figure.case in names}
         if points:
             axes.plot(list(points), list(points.values()), marker="o", label=row)

@@ -9,28 +9,56 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench.__main__ import measure
+from bench import leak, overload
+from bench.__main__ import take_turns
+from bench.document import BEGIN, END, fill_readme, write
 from bench.profile import PARTS, profile
+from bench.report import plot
 from bench.rig import running
-from bench.settings import SMOKE
+from bench.settings import ECHO, OURS, SMOKE, WIDE_MODEL
 from cluster.local.cluster import LocalCluster
 
 pytestmark = pytest.mark.cluster
 
 
 def test_bench_reports_every_row_of_every_case_and_where_the_time_of_a_request_goes(shared_cluster: LocalCluster, tmp_path: Path) -> None:
-    """One deployment for both, since starting one is what takes the time."""
-    with running(replace(SMOKE, rows=("moelastic",)), tmp_path / "run", shared_cluster) as rig:
-        path = measure(rig, tmp_path, tmp_path / "out", Console(quiet=True))
-        parts = profile(rig, Console(quiet=True))
+    """One deployment for all of it, since starting one is what takes the time."""
+    settings = replace(SMOKE, rows=(OURS,), leak_requests=400, overload_seconds=0.5)
+    out = tmp_path / "out"
+    with running(settings, tmp_path / "run", shared_cluster) as rig:
+        sections = {"peers": take_turns(rig, tmp_path, Console(quiet=True)), "profile": profile(rig), "overload": overload.run(rig), "leak": leak.run(rig)}
+    path = write(out, settings, sections)
+    plot(out, settings.cases, sections["peers"])
     document = json.loads(path.read_text())
-    measured = {(figure["case"], figure["row"]) for figure in document["figures"]}
-    assert measured == {*((case.name, "moelastic") for case in SMOKE.cases), ("1 x 1, idle experts", "grpc_echo")}
-    assert all(figure["num_calls"] >= 1 and figure["tokens_per_s"] > 0 for figure in document["figures"])
-    assert document["largest_difference_from_fp32"].keys() == {"moelastic"}
-    assert {file.name for file in path.parent.iterdir()} == {"bench.json", "latency.png", "throughput.png"}
-    assert parts.keys() == {case.name for case in SMOKE.cases if case.callers == 1}
+    assert {file.name for file in out.iterdir()} == {"bench.json", "latency.png", "throughput.png"}
+    figures = document["peers"]["data"]["figures"]
+    wanted = {(case.name, OURS) for case in settings.cases} | {(case.name, ECHO) for case in settings.cases if case.model != WIDE_MODEL}
+    assert {(figure["case"], figure["row"]) for figure in figures} == wanted
+    assert all(figure["num_calls"] >= 1 and figure["tokens_per_s"] > 0 for figure in figures)
+    assert document["peers"]["data"]["largest_difference_from_fp32"].keys() == {OURS}
+    parts = document["profile"]["data"]["seconds"]
+    assert parts.keys() == {case.name for case in settings.cases if case.callers == 1 and case.model != WIDE_MODEL}
     for found in parts.values():
         assert found.keys() == {*PARTS, "total"}
         assert all(found[name] > 0 for name in ("client", "gRPC", "gate", "sort", "compute", "combine"))
         assert found["compute"] < found["total"]
+    flood = document["overload"]["data"]
+    ends = flood["num_answered"] + flood["num_refused"] + flood["num_late"]
+    assert flood["num_sent"] == ends > 0
+    assert flood["num_failed_otherwise"] == 0
+    looks = document["leak"]["data"]["looks"]
+    assert looks[-1]["requests"] >= settings.leak_requests
+    assert looks[-1]["pending_tokens"] == looks[-1]["frames"] == 0
+    check_readme(out, document)
+
+
+def check_readme(out: Path, document: dict[str, object]) -> None:
+    """The page beside the JSON gets every table, and keeps what people wrote."""
+    page = out / "README.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    fill_readme(out)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert all(f"### {name}" in text for name in document)

@@ -179,7 +179,7 @@ def test_without_the_controller_status_answers_and_the_router_serves(connection:
 
 def test_down_ends_every_actor_of_the_deployment_and_may_be_repeated(connection: Connection, shared_cluster: LocalCluster, config: Path) -> None:
     assert connection.name == NAME
-    assert len(hosted(shared_cluster, "ExpertActor")) == 2
+    assert len(hosted(shared_cluster, "HostedExpertActor")) == 2
     for words in ("ended", "nothing ran"):
         done = run_deploy(shared_cluster, config, "--down")
         assert done.returncode == 0, done.stderr

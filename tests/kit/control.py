@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.controller import Controller
+from cluster.core.actions import ImportExperts
 from cluster.core.descriptors import Manifest
-from cluster.core.ids import CopyId, Incarnation
+from cluster.core.health import LinkReport, Wrong
+from cluster.core.ids import CopyId, ExpertId, Incarnation
 from cluster.core.launch import Launch
 from cluster.core.placement import wanted_copies
 from cluster.core.routing_table import RoutingTable, newer
@@ -38,6 +40,18 @@ class ModelRouter:
         self.generation = 0
         self.controller_generation = 0
         self._connected_to: Controller | None = None
+        self.out: dict[Incarnation, LinkReport] = {}
+        self.queue_age_s: dict[str, float] = {}
+        self.tokens: dict[ExpertId, int] = {}
+        self.window_s = 0.0
+        self.wrong: list[Wrong] = []
+
+    def links(self) -> list[LinkReport]:
+        """One for each actor in the table; `out` says which are not as they should be, `queue_age_s` how long rows wait for an actor."""
+        if self.table is None:
+            return []
+        lives = [endpoint.incarnation for endpoint in self.table.actors.values()]
+        return [self.out.get(life) or LinkReport(life, oldest_age_s=self.queue_age_s.get(life.actor_id, 0.0)) for life in lives]
 
     def hear(self, controller: Controller) -> None:
         """Connect where needed, take a newer table, report. What a real router refuses, breaks the test."""
@@ -52,7 +66,8 @@ class ModelRouter:
         known = self.table
         self.table = newer(known, table)
         assert known is None or table.epoch > known.epoch or table == known, "one epoch stands for two tables"
-        controller.report_health(self.router_id, self.table.epoch, (), {}, 0.0)
+        controller.report_health(self.router_id, self.table.epoch, self.links(), self.tokens, self.window_s, self.wrong)
+        self.wrong = []
 
 
 class ControlRig:
@@ -83,7 +98,7 @@ class ControlRig:
 
     async def deploy(self) -> None:
         await self.controller.apply(self.spec)
-        await self.until(lambda: self.state == "SERVING")
+        await self.until(lambda: self.state == "SERVING" and not self.is_importing)
 
     async def step(self) -> None:
         await self.controller.step()
@@ -123,6 +138,12 @@ class ControlRig:
     def state(self) -> str:
         decision = self.controller.snapshot().decision
         return decision.state if decision is not None else ""
+
+    @property
+    def is_importing(self) -> bool:
+        """Whether some node's store is being filled, or is about to be."""
+        decision = self.controller.snapshot().decision
+        return bool(self.controller._under_way) or decision is None or any(isinstance(action, ImportExperts) for action in decision.actions)
 
     @property
     def message(self) -> str:

@@ -14,7 +14,7 @@ from cluster.core.descriptors import DType, ExpertDescriptor, GateDescriptor, La
 from cluster.core.errors import CheckpointError, FleetError, SlotsExhausted, StaleTable
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.spec import ShadowSpec
-from cluster.core.status import ActorObservation, ActorReport, ActorState, FleetObservation, NodeObservation, RouterObservation, SlotReport, SlotState
+from cluster.core.status import ActorObservation, ActorReport, ActorState, FleetObservation, GpuFault, NodeObservation, RouterObservation, SlotReport, SlotState
 
 
 class ManualClock:
@@ -90,6 +90,10 @@ class FakeActor:
     slots: dict[CopyId, FakeSlot] = field(default_factory=dict)
     max_epoch: int = 0
     hung: bool = False
+    silent_since_s: float | None = None  # it does not answer, and its last report still stands in
+    frames_done: int = 0
+    oldest_age_s: float = 0.0
+    device: str = "cpu"
 
 
 @dataclass
@@ -118,12 +122,17 @@ class FakeFleet:
         self.ever_started: set[Incarnation] = set()
         self.fail_next: dict[str, Exception] = {}
         self.reused: list[Incarnation] = []
+        self.verified_anew: list[tuple[str, str]] = []
+        self.gpu_faults: dict[str, tuple[GpuFault, ...]] = {}
         self.log: list[str] = []
 
-    async def observe(self) -> FleetObservation:
+    async def observe(self, *, out: Collection[Incarnation] = ()) -> FleetObservation:
         self._fail("observe")
         self._settle()
-        nodes = tuple(NodeObservation(n.node_id, n.node_id, f"10.0.0.{i + 1}", n.alive, n.num_gpus, 2.0, n.is_head) for i, n in enumerate(self.nodes.values()))
+        nodes = tuple(
+            NodeObservation(n.node_id, n.node_id, f"10.0.0.{i + 1}", n.alive, n.num_gpus, 2.0, n.is_head, gpu_faults=self.gpu_faults.get(n.node_id, ()))
+            for i, n in enumerate(self.nodes.values())
+        )
         actors = tuple(self._observation(incarnation, actor) for incarnation, actor in self.actors.items())
         routers = tuple(RouterObservation(name, self.router_state(name), node, "127.0.0.1", 50051, pid=1) for name, (_, node, _) in self.routers.items())
         return FleetObservation(self.clock.time_s, nodes, actors, routers)
@@ -150,9 +159,17 @@ class FakeFleet:
         return manifest
 
     async def import_experts(
-        self, node_id: str, *, manifest: Manifest, source: Path, experts: Collection[tuple[int, int]], shadows: Collection[tuple[int, int]] = ()
+        self,
+        node_id: str,
+        *,
+        manifest: Manifest,
+        source: Path,
+        experts: Collection[tuple[int, int]],
+        shadows: Collection[tuple[int, int]] = (),
+        distrusted: Collection[str] = (),
     ) -> None:
         self._fail("import_experts")
+        self.verified_anew += [(node_id, version) for version in distrusted]
         self.importing.add(node_id)
         try:
             await self.clock.sleep(self.import_s)
@@ -188,7 +205,7 @@ class FakeFleet:
     async def stop_actor(self, incarnation: Incarnation, *, timeout_s: float) -> None:
         self._fail("stop_actor")
         if self.actors.pop(incarnation, None) is not None:
-            self.log.append(f"stop {incarnation}")
+            self.log.append(f"{'kill' if timeout_s == 0 else 'stop'} {incarnation}")
 
     async def assume(self, incarnation: Incarnation, copies: Sequence[CopyId], *, epoch: int) -> None:
         self._fail("assume")
@@ -258,7 +275,7 @@ class FakeFleet:
         ready: dict[CopyId, set[Incarnation]] = {}
         for incarnation, actor in self.actors.items():
             for slot in actor.slots.values():
-                if slot.state is SlotState.READY and not actor.hung:
+                if slot.state is SlotState.READY and not actor.hung and actor.silent_since_s is None:
                     ready.setdefault(slot.copy, set()).add(incarnation)
         return ready
 
@@ -281,7 +298,7 @@ class FakeFleet:
             node_id=actor.node_id,
             host="10.0.0.1",
             port=7000 + incarnation.generation % 10_000,
-            device="cpu",
+            device=actor.device,
             num_slots=actor.config.num_slots,
             capacity_bytes=self.capacity_bytes,
             used_bytes=sum(slot.num_bytes for slot in slots),
@@ -289,12 +306,15 @@ class FakeFleet:
             max_epoch=actor.max_epoch,
             code_digest=actor.config.code_digest,
             config_digest=actor.config.config_digest,
+            frames_done=actor.frames_done,
+            oldest_age_s=actor.oldest_age_s,
         )
-        return ActorObservation(incarnation, ActorState.READY, actor.node_id, report)
+        silent_s = 0.0 if actor.silent_since_s is None else max(1e-3, self.clock.time_s - actor.silent_since_s)
+        return ActorObservation(incarnation, ActorState.READY, actor.node_id, report, silent_s=silent_s)
 
     def _running(self, incarnation: Incarnation, epoch: int) -> FakeActor:
         actor = self.actors.get(incarnation)
-        if actor is None or actor.hung or self.clock.time_s < actor.ready_at_s:
+        if actor is None or actor.hung or actor.silent_since_s is not None or self.clock.time_s < actor.ready_at_s:
             message = f"{incarnation} does not answer"
             raise FleetError(message)
         if epoch < actor.max_epoch:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from cluster.core.descriptors import DType
-from cluster.core.errors import DeadlineExceeded
+from cluster.core.errors import DeadlineExceeded, MoeError
 from cluster.core.ids import ExpertId, Incarnation, Role
 from cluster.core.routing_table import ActorEndpoint, RoutingTable, TableCopy, TableModel
-from router_service.core.segments import SegmentReply, SegmentRequest
+from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
 
 Forward = Callable[[ExpertId, str, torch.Tensor], torch.Tensor]
 TORCH = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
@@ -54,13 +54,23 @@ class FakeLanes:
         async with asyncio.timeout(10), self._arrived:
             await self._arrived.wait_for(lambda: len(self.requests) >= count)
 
-    def queued_tokens(self, actor_id: str) -> int:
+    def burden(self, actor_id: str) -> float:
         """What the test put into `queued`."""
         return self.queued[actor_id]
 
-    def begin(self, request: SegmentRequest) -> asyncio.Future[SegmentReply]:
-        """Compute, fail or wait. Like the real lanes: cancelling the future withdraws."""
-        return asyncio.ensure_future(self._submit(request))
+    def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
+        """Compute, fail or wait."""
+        task = asyncio.ensure_future(self._submit(request))
+
+        def ended(_: asyncio.Future[SegmentReply]) -> None:
+            if not task.cancelled():
+                error = task.exception()
+                if error is not None and not isinstance(error, MoeError):
+                    raise error
+                on_end(task.result() if error is None else error)
+
+        task.add_done_callback(ended)
+        return task.cancel
 
     async def _submit(self, request: SegmentRequest) -> SegmentReply:
         self.requests.append(request)

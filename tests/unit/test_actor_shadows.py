@@ -2,69 +2,20 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from actors.blob_files import StoredBlob
-from actors.core.codecs import CODECS, encode, packed_bytes
-from actors.core.slots import SizedCopy
-from actors.expert_layouts import ExpertWeights, expert_forward, load_weights
+from actors.expert_layouts import expert_forward, load_weights
 from cluster.core.ids import CopyId, Role
 from cluster.core.link_frames import SegmentStatus
 from cluster.core.status import SlotState
 from kit.actor_bench import CPU, A, B, Bench, ask, started
-from kit.experts import TIMEOUT_S, Ask, RandomBlobs, expert_copy, frame_of, rows_of
+from kit.experts import TIMEOUT_S, Ask, frame_of, rows_of
+from kit.shadow_blobs import Expansions, S, ShadowBlobs, T, U
 
-INT4 = CODECS["int4"]
 EXPANDED_MAX = 2
-
-
-def shadow(index: int) -> CopyId:
-    """The shadow of expert `index`; its version is made up."""
-    return CopyId(expert_copy(index).expert, f"5ad0{index:04x}" * 8, Role.SHADOW)
-
-
-S, T, U = shadow(4), shadow(5), shadow(6)
-
-
-@dataclass
-class ShadowBlobs(RandomBlobs):
-    """Versions of shadows are packed, all others are experts."""
-
-    def open(self, digest: str) -> Any:
-        found = super().open(digest)
-        if not digest.startswith("5ad0"):
-            return found
-        return StoredBlob(digest, "shadow", found.descriptor, dict(encode(found.descriptor, found.tensors, INT4).tensors), 0, INT4, "ab" * 32)
-
-    @property
-    def packed_bytes(self) -> int:
-        return packed_bytes(self.descriptor, INT4)
-
-    def sized(self, *copies: CopyId) -> list[SizedCopy]:
-        return [SizedCopy(copy, self.packed_bytes if copy.role is Role.SHADOW else self.descriptor.num_bytes) for copy in copies]
-
-
-@dataclass
-class Expansions:
-    """`load_weights`, with a gate and a trap for expansions in the workspace's thread, and a record of them."""
-
-    gate: threading.Event = field(default_factory=threading.Event)
-    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    done: list[str] = field(default_factory=list)
-    broken: set[str] = field(default_factory=set)
-
-    def __call__(self, blob: Any, device: torch.device) -> ExpertWeights:
-        if threading.current_thread().name == "shadow-workspace":
-            self.entered.release()
-            assert self.gate.wait(TIMEOUT_S)
-            if blob.digest in self.broken:
-                raise torch.OutOfMemoryError
-            self.done.append(blob.digest)
-        return load_weights(blob, device)
 
 
 @pytest.fixture
@@ -119,7 +70,8 @@ def test_a_frame_without_shadows_does_not_wait_for_an_expansion(bench: Bench, ex
     bench.submit(ask(S), frame_id=2)
     assert expansions.entered.acquire(timeout=TIMEOUT_S)
     assert expansions.entered.acquire(timeout=TIMEOUT_S)
-    assert bench.runtime.progress().is_loading
+    bench.clock.now_s += 2.0
+    assert bench.runtime.progress() == (1, 2.0, 3, True)
     for frame_id, copy in enumerate((A, T), start=3):
         bench.submit(ask(copy), frame_id=frame_id)
         assert_answered(bench, ask(copy))

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from cluster.core.errors import FleetError
+from cluster.core.health import LinkReport
 from cluster.core.ids import Incarnation
 from cluster.core.lifecycle import SUSPECT_LIMIT_S
-from cluster.core.reconcile import Decision, reconcile
+from cluster.core.reconcile import Decision, Told, reconcile
 from cluster.core.status import FleetObservation, SlotState
 from kit.control import STEP_S, ControlRig, make_spec
 
@@ -192,10 +193,14 @@ async def test_down_that_cannot_end_all_says_what_is_left(rig: ControlRig) -> No
 async def test_lost_link_of_a_published_actor_makes_the_controller_look_at_once(rig: ControlRig) -> None:
     await rig.deploy()
     rig.controller._wake.clear()
-    rig.controller.report_health("router-0", 1, [Incarnation("actor-0", 999)], {}, 0.0)
+    rig.controller.report_health("router-0", 1, [LinkReport(Incarnation("actor-0", 999), is_connected=False)])
     assert not rig.controller._wake.is_set()
-    rig.controller.report_health("router-0", 1, [rig.incarnation("actor-0")], {}, 0.0)
+    lost = [LinkReport(rig.incarnation("actor-0"), is_connected=False)]
+    rig.controller.report_health("router-0", 1, lost)
     assert rig.controller._wake.is_set()
+    rig.controller._wake.clear()
+    rig.controller.report_health("router-0", 1, lost)
+    assert not rig.controller._wake.is_set(), "what was said before is no news"
 
 
 async def test_hung_router_is_given_its_time_then_ended_and_started_anew(rig: ControlRig) -> None:
@@ -252,7 +257,7 @@ async def test_looks_that_keep_failing_are_logged_less_and_less_often(
     monkeypatch.setattr("cluster.controller.TROUBLE_PAUSE_S", 0.0)
     num_looks, enough = 0, asyncio.Event()
 
-    async def fail() -> FleetObservation:
+    async def fail(**_: Any) -> FleetObservation:
         nonlocal num_looks
         num_looks += 1
         if num_looks > 100:

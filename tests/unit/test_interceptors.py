@@ -16,7 +16,7 @@ from protos.moelastic.router.v1 import router_pb2 as pb
 from protos.moelastic.router.v1 import router_pb2_grpc
 from router_service.admission import ByteBudget, RequestLimit
 from router_service.auth import Tenants
-from router_service.interceptors import tenant_of_call
+from router_service.caller import tenant_of_call
 from router_service.wire import SIZE_KEY, tensor_message
 
 DISPATCH = "/moelastic.router.v1.RouterService/Dispatch"

@@ -14,6 +14,7 @@ NAMES = {
     "moe_request_duration_seconds_count",
     "moe_choices_total",
     "moe_tokens_total",
+    "moe_ejections_total",
     "moe_link_bytes_total",
     "moe_redispatches_total",
     "moe_queue_age_seconds",

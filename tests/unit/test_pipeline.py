@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.core.descriptors import DType
-from cluster.core.errors import DataLoss, DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded
+from cluster.core.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded
 from kit.lanes import copy_on
 from kit.pipelines import D, E, K, T, call, expected, setup, version_of
 from router_service import pipeline as pipeline_module
@@ -192,15 +192,6 @@ async def test_an_error_that_no_other_copy_can_cure_ends_the_call_and_withdraws_
     made.lanes.let_go()
     with pytest.raises(Overloaded, match="full"):
         await running
-
-
-async def test_finite_rows_with_a_non_finite_answer_are_data_loss_with_the_rows() -> None:
-    made = setup()
-    made.lanes._forward = lambda expert, _, rows: rows * (math.nan if expert.index == 2 else 1)
-    ids_TK = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2]], dtype=torch.int32)
-    with pytest.raises(DataLoss) as lost:
-        await made.pipeline.run(call(num_tokens=4, routing=TopK(ids_TK, torch.ones(4, 2))))
-    assert lost.value.failed_rows == (1, 3)
 
 
 async def test_more_choices_than_one_request_may_have_are_refused_by_name_before_a_row_is_copied() -> None:

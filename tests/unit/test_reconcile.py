@@ -12,7 +12,7 @@ import pytest
 from cluster.core.ids import ExpertId
 from cluster.core.load import Load, with_window
 from cluster.core.memory import BACKOFF_MAX_S, Memory, with_failure, with_success
-from cluster.core.reconcile import reconcile
+from cluster.core.reconcile import Told, reconcile
 from cluster.core.spec import ActorsSpec
 from kit.control import LAUNCH, ControlRig, make_spec
 from kit.transcript import replay
@@ -89,8 +89,8 @@ async def test_same_facts_give_the_same_decision_and_are_left_as_they_were(tmp_p
             rig.fleet.kill_node("node-1")
         status, memory = await rig.fleet.observe(), rig.controller.snapshot().memory
         before = copy.deepcopy(memory)
-        first = reconcile(rig.spec, LAUNCH, memory, status, Load())
-        second = reconcile(rig.spec, LAUNCH, memory, status, Load())
+        first = reconcile(rig.spec, LAUNCH, memory, status, Told())
+        second = reconcile(rig.spec, LAUNCH, memory, status, Told())
         assert first == second
         assert memory == before
         await rig.step()

@@ -46,13 +46,44 @@ async def test_recent_report_stands_in_for_a_slow_one_and_nothing_is_asked_twice
     watch.close()
 
 
-async def test_report_older_than_a_command_does_not_stand_in(process: Process) -> None:
+async def test_report_older_than_a_command_is_marked_and_nobody_waits_for_a_newer_one(process: Process) -> None:
     watch = ReportWatch(process.report)
     await watch.look(1.0)
     watch.note_command()
     process.answers.clear()
-    look = await watch.look(2 * PATIENCE_S)
-    assert (look.report, look.was_heard) == (None, True)
+    look = await asyncio.wait_for(watch.look(3600.0), 60.0)
+    assert (look.report, look.is_outdated) == (1, True)
+    assert look.silent_s > 0
+    process.answers.set()
+    look = await watch.look(3600.0)
+    assert (look.report, look.is_outdated, look.silent_s) == (2, False, 0.0)
+    watch.close()
+
+
+async def test_answer_to_a_question_from_before_a_command_is_marked_too(process: Process) -> None:
+    watch = ReportWatch(process.report)
+    await watch.look(1.0)
+    process.answers.clear()
+    await watch.look(3600.0)
+    watch.note_command()
+    process.answers.set()
+    assert (await watch.look(3600.0)).is_outdated
+    assert not (await watch.look(3600.0)).is_outdated
+
+
+async def test_silent_process_is_waited_for_once_and_not_in_every_look(process: Process) -> None:
+    watch = ReportWatch(process.report)
+    await watch.look(1.0)
+    process.answers.clear()
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await watch.look(3600.0)
+    first_s = loop.time() - began_s
+    assert first_s >= PATIENCE_S
+    began_s = loop.time()
+    for _ in range(3):
+        await watch.look(3600.0, 3600.0)
+    assert loop.time() - began_s < 60.0, "a question that has waited in vain is not waited for again"
     watch.close()
 
 

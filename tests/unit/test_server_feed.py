@@ -85,5 +85,5 @@ async def test_the_age_of_a_table_counts_from_when_the_controller_was_lost() -> 
 
 async def test_a_report_to_nobody_ends_in_time() -> None:
     made = TableFeed("127.0.0.1:1", CONTROL_TOKEN, router_id="router-0", adopt=asyncio.sleep, rng=random.Random(0))
-    assert not await made.report((), {}, 1.0)
+    assert not await made.report((), {}, 1.0, {})
     await made.close()

@@ -38,7 +38,9 @@ class Peer:
 
     def __init__(self, folders: Mapping[str, Path], sizes: Sizes, options: Mapping[str, str]) -> None:
         torch.set_num_threads(1)
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}, log_to_driver=False)
+        ray.init(
+            address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "RAY_USE_UVLOOP": "1"}}, log_to_driver=False
+        )
         self._count = int(options["num_actors"])
         homes = [range(first, sizes.num_experts, self._count) for first in range(self._count)]
         actor = ray.remote(num_cpus=0)(ExpertGroup)

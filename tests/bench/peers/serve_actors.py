@@ -1,6 +1,7 @@
 """Ray Serve in two shapes, as its documentation recommends for composed and for batched models: a deployment for each expert, and one with all experts.
 
-The handle is called from the caller's own process, without HTTP, which is Serve's fastest way in. One torch thread in each replica.
+The handle is called from the caller's own process, without HTTP, which is Serve's fastest way in. One torch thread in each replica of an expert; the replica
+with all experts is there with one thread and with one for each core, and each case is measured on the one that suits it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class OneExpert:
 class AllExperts:
     """The whole layer in one replica, batched by `serve.batch`."""
 
-    def __init__(self, folders: Mapping[str, Path], sizes: Sizes) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)
+    def __init__(self, folders: Mapping[str, Path], sizes: Sizes, threads: int) -> None:
+        torch.set_num_threads(threads)
         self._layers = {name: Layer(folder, sizes) for name, folder in folders.items()}
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
@@ -67,18 +68,20 @@ class Peer:
 
     def __init__(self, folders: Mapping[str, Path], sizes: Sizes, options: Mapping[str, str]) -> None:
         torch.set_num_threads(1)
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}, log_to_driver=False)
+        ray.init(
+            address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "RAY_USE_UVLOOP": "1"}}, log_to_driver=False
+        )
         self._gates = {name: Layer(folder, sizes, indices=()) for name, folder in folders.items()}
         self._experts: list[Any] = []
         self._whole: Any = None
         serve.start(proxy_location="Disabled")
         if options["shape"] == "all_in_one":
-            app = serve.deployment(**OPTIONS)(AllExperts).bind(dict(folders), sizes)
-            self._whole = serve.run(app, name="all_in_one", route_prefix=None)
+            threads = int(options["threads"])
+            app = serve.deployment(**OPTIONS)(AllExperts).bind(dict(folders), sizes, threads)
+            self._whole = serve.run(app, name=f"all_in_one_{threads}", route_prefix=None)
             return
-        for index in range(sizes.num_experts):
-            app = serve.deployment(**OPTIONS)(OneExpert).bind(dict(folders), sizes, index)
-            self._experts.append(serve.run(app, name=f"expert_{index}", route_prefix=None))
+        apps = [serve.deployment(**OPTIONS)(OneExpert).bind(dict(folders), sizes, index) for index in range(sizes.num_experts)]
+        self._experts = serve.run_many([serve.RunTarget(app, name=f"expert_{index}", route_prefix=None) for index, app in enumerate(apps)])
 
     def call(self, rows: Rows, model: str) -> Rows:
         """One layer."""

@@ -188,6 +188,18 @@ class ApplyResponse(_message.Message):
     differences: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, spec_revision: _Optional[int] = ..., differences: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class ReleaseDeviceRequest(_message.Message):
+    __slots__ = ("device",)
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    def __init__(self, device: _Optional[str] = ...) -> None: ...
+
+class ReleaseDeviceResponse(_message.Message):
+    __slots__ = ("left",)
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    left: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, left: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GetClusterStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -211,7 +223,7 @@ class SlotStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., version: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class ActorStatus(_message.Message):
-    __slots__ = ("actor_id", "generation", "state", "node_id", "address", "device", "num_slots", "capacity_bytes", "used_bytes", "slots", "reason", "since_s", "pid", "expanded_bytes")
+    __slots__ = ("actor_id", "generation", "state", "node_id", "address", "device", "num_slots", "capacity_bytes", "used_bytes", "slots", "reason", "since_s", "pid", "expanded_bytes", "doubt")
     ACTOR_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +238,7 @@ class ActorStatus(_message.Message):
     SINCE_S_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     EXPANDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DOUBT_FIELD_NUMBER: _ClassVar[int]
     actor_id: str
     generation: int
     state: str
@@ -240,7 +253,30 @@ class ActorStatus(_message.Message):
     since_s: float
     pid: int
     expanded_bytes: int
-    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., num_slots: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., reason: _Optional[str] = ..., since_s: _Optional[float] = ..., pid: _Optional[int] = ..., expanded_bytes: _Optional[int] = ...) -> None: ...
+    doubt: str
+    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., num_slots: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., reason: _Optional[str] = ..., since_s: _Optional[float] = ..., pid: _Optional[int] = ..., expanded_bytes: _Optional[int] = ..., doubt: _Optional[str] = ...) -> None: ...
+
+class QuarantinedDevice(_message.Message):
+    __slots__ = ("device", "reason")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    reason: str
+    def __init__(self, device: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class HotReplica(_message.Message):
+    __slots__ = ("model", "layer", "index", "actor_id", "reason")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    layer: int
+    index: int
+    actor_id: str
+    reason: str
+    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., actor_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
     __slots__ = ("node_id", "name", "address", "alive", "num_gpus", "since_s")
@@ -317,7 +353,7 @@ class ExpertRate(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("name", "state", "epoch", "spec_revision", "controller_generation", "observed_age_s", "models", "actors", "nodes", "routers", "decisions", "num_copies_wanted", "num_copies_ready", "message", "imports", "differences", "rates")
+    __slots__ = ("name", "state", "epoch", "spec_revision", "controller_generation", "observed_age_s", "models", "actors", "nodes", "routers", "decisions", "num_copies_wanted", "num_copies_ready", "message", "imports", "differences", "rates", "quarantined", "hot")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +371,8 @@ class GetClusterStatusResponse(_message.Message):
     IMPORTS_FIELD_NUMBER: _ClassVar[int]
     DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     RATES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    HOT_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     epoch: int
@@ -352,4 +390,6 @@ class GetClusterStatusResponse(_message.Message):
     imports: _containers.RepeatedCompositeFieldContainer[ImportProgress]
     differences: _containers.RepeatedScalarFieldContainer[str]
     rates: _containers.RepeatedCompositeFieldContainer[ExpertRate]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., spec_revision: _Optional[int] = ..., controller_generation: _Optional[int] = ..., observed_age_s: _Optional[float] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DecisionRecord, _Mapping]]] = ..., num_copies_wanted: _Optional[int] = ..., num_copies_ready: _Optional[int] = ..., message: _Optional[str] = ..., imports: _Optional[_Iterable[_Union[ImportProgress, _Mapping]]] = ..., differences: _Optional[_Iterable[str]] = ..., rates: _Optional[_Iterable[_Union[ExpertRate, _Mapping]]] = ...) -> None: ...
+    quarantined: _containers.RepeatedCompositeFieldContainer[QuarantinedDevice]
+    hot: _containers.RepeatedCompositeFieldContainer[HotReplica]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., spec_revision: _Optional[int] = ..., controller_generation: _Optional[int] = ..., observed_age_s: _Optional[float] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DecisionRecord, _Mapping]]] = ..., num_copies_wanted: _Optional[int] = ..., num_copies_ready: _Optional[int] = ..., message: _Optional[str] = ..., imports: _Optional[_Iterable[_Union[ImportProgress, _Mapping]]] = ..., differences: _Optional[_Iterable[str]] = ..., rates: _Optional[_Iterable[_Union[ExpertRate, _Mapping]]] = ..., quarantined: _Optional[_Iterable[_Union[QuarantinedDevice, _Mapping]]] = ..., hot: _Optional[_Iterable[_Union[HotReplica, _Mapping]]] = ...) -> None: ...

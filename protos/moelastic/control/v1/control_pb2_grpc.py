@@ -55,6 +55,11 @@ class ControlServiceStub:
                 request_serializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusResponse.FromString,
                 _registered_method=True)
+        self.ReleaseDevice = channel.unary_unary(
+                '/moelastic.control.v1.ControlService/ReleaseDevice',
+                request_serializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceRequest.SerializeToString,
+                response_deserializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -89,6 +94,13 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseDevice(self, request, context):
+        """ReleaseDevice ends the quarantine of a device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetClusterStatus,
                     request_deserializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusRequest.FromString,
                     response_serializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusResponse.SerializeToString,
+            ),
+            'ReleaseDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseDevice,
+                    request_deserializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceRequest.FromString,
+                    response_serializer=protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class ControlService:
             '/moelastic.control.v1.ControlService/GetClusterStatus',
             protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusRequest.SerializeToString,
             protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.GetClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moelastic.control.v1.ControlService/ReleaseDevice',
+            protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceRequest.SerializeToString,
+            protos_dot_moelastic_dot_control_dot_v1_dot_control__pb2.ReleaseDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

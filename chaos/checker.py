@@ -1,0 +1,68 @@
+"""Replays kept replies: each must be what its own plan gives, bit for bit, with the weights that the nodes' stores hold under the plan's digests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.core.errors import MoeError, NotFound
+
+if TYPE_CHECKING:
+    from router_service.fallbacks import FallbackWeights
+
+MAX_LOADED = 64
+
+
+class Checker:
+    """Checks kept replies, each once; what it found is remembered."""
+
+    def __init__(self, stores: Sequence[Path], known_path: Path, kept_dir: Path) -> None:
+        self._stores = stores
+        self._kept_dir = kept_dir
+        with np.load(known_path) as known:
+            self._inputs = known["inputs"]
+        self._found: dict[str, bool | None] = {}
+        self.reasons: dict[str, str] = {}
+        self._weights = lru_cache(MAX_LOADED)(self._load)
+
+    def check(self, names: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """Which of these replies are wrong, and which could not be replayed; `reasons` says why."""
+        for name in set(names) - set(self._found):
+            self._found[name] = self._is_right(name)
+        wanted = set(names)
+        return frozenset(name for name in wanted if self._found[name] is False), frozenset(name for name in wanted if self._found[name] is None)
+
+    def _is_right(self, name: str) -> bool | None:
+        import torch
+
+        from router_service.core.outcomes import Plan
+        from router_service.replay import replay
+
+        torch.set_num_threads(1)
+        try:
+            with np.load(self._kept_dir / f"{name}.npz") as kept:
+                arrays: dict[str, Any] = {key: kept[key] for key in kept}
+            plan = Plan(**{key: arrays[key] for key in Plan.__slots__ if key != "versions"}, versions=tuple(row.tobytes() for row in arrays["versions"]))
+            rows_TD = torch.from_numpy(self._inputs[int(arrays["which"])]).view(torch.bfloat16)
+            again_TD = replay(rows_TD, plan, self._weights)
+        except (MoeError, OSError, KeyError, ValueError) as error:
+            self.reasons[name] = f"{type(error).__name__}: {error}"
+            return None
+        is_equal = bool(torch.equal(again_TD.view(torch.uint16), torch.from_numpy(arrays["rows"])))
+        if not is_equal:
+            self.reasons[name] = "the reply differs from what its plan gives"
+        return is_equal
+
+    def _load(self, digest: str) -> FallbackWeights:
+        from actors.expert_store import ExpertStore
+        from router_service.replay import from_store
+
+        for store in self._stores:
+            if (store / "blobs" / digest[:2] / digest).is_file():
+                return from_store(ExpertStore(store))(digest)
+        message = f"no store of this machine holds {digest[:12]}; the reply cannot be replayed"
+        raise NotFound(message, resource="expert version", name=digest[:12])

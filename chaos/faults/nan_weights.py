@@ -1,0 +1,19 @@
+"""One weight of one replica becomes NaN."""
+
+from __future__ import annotations
+
+from chaos.faults.actor_frames import heal
+from chaos.faults.weights import spoil
+from chaos.port import FaultSettings, Injection, Order
+
+
+class Settings(FaultSettings):
+    """None."""
+
+
+async def inject(order: Order, injection: Injection) -> None:
+    """Spoil it."""
+    await spoil(order, injection, "nan_weights", {"value": "nan"})
+
+
+recover = heal

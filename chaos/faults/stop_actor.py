@@ -1,0 +1,39 @@
+"""SIGSTOP of expert actors for some seconds, then SIGCONT: a process that neither dies nor answers, and comes back with old answers in its hands."""
+
+from __future__ import annotations
+
+from chaos.core.observations import Strike
+from chaos.faults.recovery import look, mended, wait_until
+from chaos.port import FaultSettings, Injection, Order
+
+
+class Settings(FaultSettings):
+    """None; `seconds` of the action says for how long."""
+
+
+async def inject(order: Order, injection: Injection) -> None:
+    """Stop them."""
+    at_s = order.clock()
+    injection.strikes.append(Strike("stop_actor", order.target.name, order.target.incarnations, at_s, details={"seconds": order.seconds}))
+    for process in order.target.processes:
+        order.cluster.stop(process)
+
+
+async def recover(order: Order, injection: Injection) -> None:
+    """Let them go on; see that each runs, or, where it was given up meanwhile, was replaced."""
+    for process in injection.target.processes:
+        order.cluster.resume(process)
+    survived = all(order.cluster.is_alive(process) for process in injection.target.processes)
+    mended(order, injection, is_mended=survived)
+
+    def is_over() -> bool:
+        if all(order.cluster.is_running(process) for process in injection.target.processes):
+            return True
+        found = look(order)
+        alive = {} if found is None else {actor.incarnation.actor_id: actor.incarnation.generation for actor in found.actors}
+        return all(
+            order.cluster.is_running(actor.process) or alive.get(actor.incarnation.actor_id, -1) > actor.incarnation.generation
+            for actor in injection.target.actors
+        )
+
+    await wait_until(order, is_over, f"{injection.target.name} runs again, or was replaced")

@@ -1,0 +1,177 @@
+"""The router's pulse: tells liveness what lanes see, carries out its verdicts, and has late rows hedged. Decides nothing.
+
+It beats every `BEAT_S` while anybody owes rows, else every `IDLE_BEAT_S`. A beat that comes late says how long this process did not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from cluster.core.ids import Role
+from cluster.core.link_frames import Pong, Warm
+from cluster.core.routing_table import RoutingTable
+from cluster.telemetry.metrics import RouterMetrics
+from router_service.actor_lane import ActorLane
+from router_service.core.liveness import Liveness
+from router_service.core.trust import Rank, Trust
+from router_service.core.verdicts import Clear, Eject, Readmit, State, Suspect, Verdict
+
+logger = logging.getLogger(__name__)
+
+BEAT_S: Final = 0.01
+IDLE_BEAT_S: Final = 0.25
+MAX_WARMED: Final = 64
+
+
+class ActorHealth:
+    """One router's judgement of its actors, at work. `changed` is set whenever the controller should hear of it at once."""
+
+    def __init__(self, liveness: Liveness, trust: Trust, metrics: RouterMetrics | None = None) -> None:
+        """Belongs to the running event loop; beats from `start` on."""
+        self.changed = asyncio.Event()
+        self.evidence: dict[str, str] = {}
+        self.on_pulse: Callable[[float], None] = lambda _: None
+        self.num_ejections = 0
+        self._liveness = liveness
+        self._trust = trust
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._lanes: dict[str, ActorLane] = {}
+        self._shadows: dict[str, list[tuple[str, Warm]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._expected_s = 0.0
+        self._num_owed = 0
+        trust.on_accused = self.changed.set
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._schedule(IDLE_BEAT_S)
+
+    def close(self) -> None:
+        """Beat no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def state(self, actor: str) -> State:
+        """What is thought of an incarnation, by its name."""
+        return self._liveness.state(actor)
+
+    def adopt(self, table: RoutingTable) -> None:
+        """Know the table's shadows, so that they can be made ready when a replica is suspected; forget copies that it dropped."""
+        self._trust.adopt(table)
+        shadows: defaultdict[str, list[tuple[str, Warm]]] = defaultdict(list)
+        for expert, copies in table.copies.items():
+            replicas = [copy for copy in copies if copy.role is Role.REPLICA]
+            for copy in copies:
+                if copy.role is Role.SHADOW and len(replicas) == 1:
+                    warm = Warm(expert.model, expert.layer, expert.index, bytes.fromhex(copy.version))
+                    shadows[str(replicas[0].incarnation)].append((str(copy.incarnation), warm))
+        self._shadows = dict(shadows)
+
+    def joined(self, lane: ActorLane) -> None:
+        """A fresh link is ready."""
+        self._lanes[lane.name] = lane
+        self._liveness.joined(lane.name, lane.endpoint.node_id, lane.endpoint.device, self._loop.time())
+
+    def sent(self, lane: ActorLane, num_tokens: int) -> None:
+        """A frame went out. One on trial gets no second one before its answer."""
+        self._liveness.sent(lane.name, num_tokens, self._loop.time())
+        if not self._trust.is_calm and self._liveness.state(lane.name) is State.ON_TRIAL:
+            self._trust.set_actor(lane.name, Rank.DOUBTFUL)
+        self.hurry()
+
+    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
+        """A frame's Result came."""
+        self._liveness.answered(lane.name, num_tokens, took_s, self._loop.time())
+
+    def heard(self, lane: ActorLane, progress: Pong) -> None:
+        """The actor told of its progress."""
+        now_s = self._loop.time()
+        self._liveness.heard(
+            lane.name,
+            now_s,
+            frames_done=progress.frames_done,
+            oldest_age_s=progress.oldest_age_s,
+            queued_rows=progress.queued_tokens,
+            is_loading=progress.is_loading,
+        )
+
+    def lost(self, lane: ActorLane) -> None:
+        """The link was lost: the lane tells those who wait by itself."""
+        if self._metrics is not None:
+            self._metrics.distrusted("lost", self._loop.time())
+        self._carry_out(self._liveness.lost(lane.name, self._loop.time()))
+        self.changed.set()
+
+    def left(self, lane: ActorLane) -> None:
+        """The router left the actor."""
+        if self._lanes.get(lane.name) is lane:
+            del self._lanes[lane.name]
+            self._liveness.left(lane.name)
+            self._trust.set_actor(lane.name, Rank.GOOD)
+            self.evidence.pop(lane.name, None)
+
+    def hurry(self) -> None:
+        """Somebody owes rows now: beat faster."""
+        if self._timer is not None and self._expected_s - self._loop.time() > BEAT_S:
+            self._timer.cancel()
+            self._schedule(BEAT_S)
+
+    def _schedule(self, delay_s: float) -> None:
+        self._expected_s = self._loop.time() + delay_s
+        self._timer = self._loop.call_at(self._expected_s, self._beat)
+
+    def _beat(self) -> None:
+        now_s = self._loop.time()
+        late_s = max(0.0, now_s - self._expected_s - BEAT_S / 2)
+        try:
+            for name in self._liveness.to_probe(now_s):
+                if (lane := self._lanes.get(name)) is not None:
+                    lane.probe()
+            self._carry_out(self._liveness.tick(now_s, late_s=late_s))
+            self.on_pulse(now_s)
+        finally:
+            self._schedule(BEAT_S if self._liveness.is_anybody_owing else IDLE_BEAT_S)
+
+    def _carry_out(self, verdicts: list[Verdict]) -> None:
+        for verdict in verdicts:
+            self.evidence[verdict.actor] = verdict.evidence
+            match verdict:
+                case Suspect():
+                    self._trust.set_actor(verdict.actor, Rank.DOUBTFUL)
+                    self._warm_shadows(verdict.actor)
+                case Eject():
+                    self._eject(verdict)
+                case Readmit():
+                    self._trust.set_actor(verdict.actor, Rank.GOOD)
+                    if (lane := self._lanes.get(verdict.actor)) is not None:
+                        lane.try_again()
+                case Clear():
+                    self._trust.set_actor(verdict.actor, Rank.GOOD)
+                    del self.evidence[verdict.actor]
+                case _:
+                    assert_never(verdict)
+            self.changed.set()
+
+    def _eject(self, verdict: Eject) -> None:
+        self.num_ejections += 1
+        self._trust.set_actor(verdict.actor, Rank.LAST)
+        logger.warning("expert actor %s gets no rows: %s", verdict.actor, verdict.evidence)
+        if self._metrics is not None:
+            self._metrics.ejected()
+            self._metrics.distrusted("ejected", self._loop.time())
+        lane = self._lanes.get(verdict.actor)
+        if lane is not None:
+            lane.eject(f"{verdict.actor} was ejected: {verdict.evidence}")
+        self._warm_shadows(verdict.actor)
+
+    def _warm_shadows(self, actor: str) -> None:
+        """Have the shadows of what this actor alone holds made ready, at most MAX_WARMED of them: a hint, so that the first row need not wait."""
+        for holder, warm in self._shadows.get(actor, ())[:MAX_WARMED]:
+            if (lane := self._lanes.get(holder)) is not None:
+                lane.warm(warm)

@@ -1,0 +1,302 @@
+"""Carries out flights: what `core.flight` orders is sent through the lanes, and what the lanes bring is told to it. One call at a time is a `Job`.
+
+Rows that are late are hedged by `pulse`, which the router's pulse calls; the flight, the hedge budget and the balancer decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.core.descriptors import DType
+from cluster.core.errors import MoeError, ReplicaCorrupt, ReplicaError, ReplicaUnavailable
+from cluster.core.ids import ExpertId
+from cluster.core.routing_table import RoutingTable, TableCopy
+from cluster.telemetry.tracing import Tracing
+from router_service.core.balance import pick_copy
+from router_service.core.dispatch import DispatchOrder
+from router_service.core.flight import Flight, Send, Why
+from router_service.core.hedging import HedgeBudget, Lateness
+from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
+from router_service.core.trust import Trust
+from router_service.dispatch_spans import DispatchSpans
+
+MAX_REASON_CHARACTERS = 160
+
+
+class LanesPort(Protocol):
+    """What dispatch needs of the lanes to the actors."""
+
+    def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
+        """Begin to compute one segment; `on_end` gets its reply, or ReplicaError when this copy does not answer. What this gives withdraws the rows."""
+        ...
+
+    def burden(self, actor_id: str) -> float:
+        """About how long one more frame would take at an actor."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call's rows for its experts, sorted by expert, and the replies as they come, by expert index.
+
+    `uses_shadows`: a shadow may answer where no replica does. `may_lose`: what nobody answers is not the end of the call. `trace`: the call's
+    traceparent, empty when it is not recorded. `tenant` is whose rows they are.
+    """
+
+    model: str
+    layer: int
+    dtype: DType
+    width: int
+    order: DispatchOrder
+    rows_NB: NDArray[np.uint8]
+    table: RoutingTable
+    deadline_s: float
+    exact: bool = False
+    uses_shadows: bool = True
+    may_lose: bool = False
+    trace: str = ""
+    tenant: str = ""
+    num_rechecks: int = 0
+    replies: dict[int, SegmentReply] = field(default_factory=dict)
+
+    def expert(self, index: int) -> ExpertId:
+        """An expert of the call's layer."""
+        return ExpertId(self.model, self.layer, index)
+
+
+@dataclass(frozen=True, slots=True)
+class Hedging:
+    """When rows are late, and how many may be sent twice for it."""
+
+    lateness: Lateness
+    budget: HedgeBudget
+
+
+class Dispatcher:
+    """Gets an answer for every expert of a call. `table` is the newest one: a copy published meanwhile may be asked in the place of a lost one."""
+
+    def __init__(
+        self,
+        lanes: LanesPort,
+        table: Callable[[], RoutingTable | None],
+        rng: random.Random,
+        *,
+        tracing: Tracing,
+        trust: Trust | None = None,
+        hedging: Hedging | None = None,
+    ) -> None:
+        """Without `hedging` nothing is sent twice because it is late."""
+        self.lanes = lanes
+        self.table = table
+        self.rng = rng
+        self.tracing = tracing
+        self.trust = trust or Trust()
+        self.hedging = hedging
+        self._due: list[tuple[float, int, _UnderWay]] = []
+        self._num_due = 0
+
+    async def run(self, job: Job) -> Mapping[int, str]:
+        """Ask until every expert answered or has nobody left to ask; why, by expert index, for the latter. The answers are in `job.replies`.
+
+        Nothing is sent when an expert has no copy at all, unless the job may lose it. Raises what else ends a segment, as Overloaded. The caller
+        bounds the time; cancelling withdraws the rows.
+        """
+        return await _UnderWay(self, job).run()
+
+    @property
+    def next_due_s(self) -> float | None:
+        """When `pulse` has something to look at; None: nothing is under way."""
+        return self._due[0][0] if self._due else None
+
+    def pulse(self, now_s: float) -> None:
+        """Hedge what is late by now."""
+        while self._due and self._due[0][0] <= now_s:
+            heapq.heappop(self._due)[2].look(now_s)
+
+    def watch(self, under_way: _UnderWay, due_s: float) -> None:
+        """Have `pulse` look at a call at this time."""
+        self._num_due += 1
+        heapq.heappush(self._due, (due_s, self._num_due, under_way))
+
+    def pick(self, job: Job, expert: ExpertId, tried: Sequence[TableCopy]) -> TableCopy | None:
+        """The next copy to ask: from the call's own table first, later from the newest one."""
+        table = (self.table() or job.table) if tried else job.table
+        rank = None if self.trust.is_calm else partial(self.trust.rank, expert)
+        return pick_copy(table.copies_of(expert), tried=tried, exact=not job.uses_shadows, burden=self.lanes.burden, rng=self.rng, rank=rank)
+
+
+class _UnderWay:
+    """One job from its first order to its last answer."""
+
+    def __init__(self, desk: Dispatcher, job: Job) -> None:
+        self._desk = desk
+        self._job = job
+        self._loop = asyncio.get_running_loop()
+        self._experts = {rows.index: job.expert(rows.index) for rows in job.order.experts}
+        self._flight = Flight(job.order.experts, self._pick, kind="full-precision copies" if job.exact else "copies")
+        self._withdraws: dict[tuple[int, int], Withdraw] = {}
+        self._sent_s: dict[tuple[int, int], float] = {}
+        self._done: asyncio.Future[None] | None = None
+        self._error: MoeError | None = None
+        self._spans = DispatchSpans(desk.tracing, job.trace, layer=job.layer, epoch=job.table.epoch) if job.trace else None
+        self._has_ended = False
+
+    async def run(self) -> Mapping[int, str]:
+        flight = self._flight
+        orders = flight.begin()
+        if flight.lost and not self._job.may_lose:
+            return flight.lost
+        error: BaseException | None = None
+        try:
+            orders.sort(key=_actor_of)
+            for _, group in groupby(orders, key=_actor_of):
+                self._send(list(group))
+            if self._error is None and not flight.has_ended:
+                self._done = self._loop.create_future()
+                self._watch()
+                await self._done
+            self._check()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._close(error)
+        return flight.lost
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def look(self, now_s: float) -> None:
+        """Hedge the parts that are late; come back for the others."""
+        hedging = self._desk.hedging
+        if self._has_ended or hedging is None:
+            return
+        for number, part in enumerate(self._flight.parts):
+            if not self._flight.can_hedge(number):
+                continue
+            attempt = next(iter(part.live))
+            delay_s = hedging.lateness.delay_s(part.rows.num_rows)
+            if now_s - self._sent_s[number, attempt] < delay_s:
+                continue
+            if (order := self._flight.hedge(number, hedging.budget.take)) is not None:
+                self._send([order])
+        self._watch()
+
+    def _watch(self) -> None:
+        """Be looked at when the first of the parts that wait alone is late."""
+        hedging = self._desk.hedging
+        if hedging is None or self._has_ended:
+            return
+        now_s = self._loop.time()
+        due_s = [
+            self._sent_s[number, next(iter(part.live))] + hedging.lateness.delay_s(part.rows.num_rows)
+            for number, part in enumerate(self._flight.parts)
+            if self._flight.can_hedge(number)
+        ]
+        if due_s:
+            self._desk.watch(self, max(min(due_s), now_s + _LOOK_AGAIN_S))
+
+    def _pick(self, index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
+        return self._desk.pick(self._job, self._experts[index], tried)
+
+    def _send(self, orders: Sequence[Send]) -> None:
+        traceparent = self._spans.asking(orders) if self._spans is not None else ""
+        job, hedging = self._job, self._desk.hedging
+        for order in orders:
+            if self._has_ended or self._error is not None:
+                return
+            rows = self._flight.parts[order.part].rows
+            key = (order.part, order.attempt)
+            request = SegmentRequest(
+                expert=self._experts[rows.index],
+                copy=order.copy,
+                dtype=job.dtype,
+                dim=job.width,
+                rows=job.rows_NB[rows.start : rows.stop],
+                deadline_s=job.deadline_s,
+                exact=job.exact,
+                epoch=job.table.epoch,
+                attempt=order.attempt,
+                traceparent=traceparent or None,
+                flow=id(self),
+                is_hedge=order.why is Why.HEDGE,
+            )
+            if hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
+                (hedging.budget.asked if order.why is Why.FIRST else hedging.budget.resent)(rows.num_rows)
+            self._sent_s[key] = self._loop.time()
+            withdraw = self._desk.lanes.begin(request, lambda outcome, key=key: self._ended(key, outcome))  # type: ignore[misc]
+            if key[1] in self._flight.parts[key[0]].live:
+                self._withdraws[key] = withdraw
+
+    def _ended(self, key: tuple[int, int], outcome: SegmentReply | MoeError) -> None:
+        """A try ended: take its answer, or ask another copy at once."""
+        if self._has_ended:
+            return
+        self._withdraws.pop(key, None)
+        if isinstance(outcome, SegmentReply):
+            self._take(key, outcome)
+        elif isinstance(outcome, ReplicaError):
+            self._fail_over(key, outcome)
+        else:
+            self._error = outcome
+        if self._done is not None and not self._done.done() and (self._error is not None or self._flight.has_ended):
+            self._done.set_result(None)
+
+    def _take(self, key: tuple[int, int], reply: SegmentReply) -> None:
+        losers = self._flight.answered(*key)
+        if losers is None:
+            return
+        hedging, rows = self._desk.hedging, self._flight.parts[key[0]].rows
+        if hedging is not None:
+            now_s = self._loop.time()
+            for attempt in (key[1], *losers):  # also of those who lost: else only the fast would be seen
+                hedging.lateness.observe(rows.num_rows, now_s - self._sent_s[key[0], attempt])
+        self._job.replies[rows.index] = reply
+        if self._spans is not None:
+            self._spans.answered(*key, reply)
+        for attempt in losers:
+            self._withdraws.pop((key[0], attempt))()
+
+    def _fail_over(self, key: tuple[int, int], error: ReplicaError) -> None:
+        part = self._flight.parts[key[0]]
+        if isinstance(error, ReplicaCorrupt):
+            self._desk.trust.accuse(self._experts[part.rows.index], part.tried[key[1]], "checksum", by=self._job.tenant, now_s=self._loop.time())
+        if self._spans is not None:
+            self._spans.failed(*key, error)
+        order = self._flight.failed(*key, _words(error))
+        if order is not None:
+            self._send([order])
+
+    def _close(self, error: BaseException | None) -> None:
+        """Nobody waits any more: withdraw what is under way, let go of the rows."""
+        self._has_ended = True
+        for part, attempt in self._flight.withdraw_all():
+            withdraw = self._withdraws.pop((part, attempt), None)
+            if withdraw is not None:
+                withdraw()
+        if self._spans is not None:
+            self._spans.end(error)
+
+
+_LOOK_AGAIN_S = 0.005
+
+
+def _actor_of(order: Send) -> str:
+    return order.copy.incarnation.actor_id
+
+
+def _words(error: ReplicaError) -> str:
+    """Why a copy did not answer, for the caller: a link's own words hold addresses, which are nobody's business out there."""
+    text = "its link was lost or could not be made" if isinstance(error, ReplicaUnavailable) else str(error)[:MAX_REASON_CHARACTERS]
+    return f"{error.reason}: {text}"

@@ -1,0 +1,60 @@
+"""What an actor's lane tells of its signs of life, and to whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.core.link_frames import Pong
+
+if TYPE_CHECKING:
+    from router_service.actor_lane import ActorLane
+
+
+class LaneWatch(Protocol):
+    """Who is told of an actor's signs of life. All calls come from the lane's loop."""
+
+    def joined(self, lane: ActorLane) -> None:
+        """A fresh link is ready."""
+        ...
+
+    def sent(self, lane: ActorLane, num_tokens: int) -> None:
+        """A frame went out: the actor owes an answer."""
+        ...
+
+    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
+        """A frame's Result came."""
+        ...
+
+    def heard(self, lane: ActorLane, progress: Pong) -> None:
+        """The actor told of its progress."""
+        ...
+
+    def lost(self, lane: ActorLane) -> None:
+        """The link was lost."""
+        ...
+
+    def left(self, lane: ActorLane) -> None:
+        """The router left the actor."""
+        ...
+
+
+class NoWatch:
+    """Nobody is told: actors are trusted until their links are lost."""
+
+    def joined(self, lane: ActorLane) -> None:
+        """Ignored."""
+
+    def sent(self, lane: ActorLane, num_tokens: int) -> None:
+        """Ignored."""
+
+    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
+        """Ignored."""
+
+    def heard(self, lane: ActorLane, progress: Pong) -> None:
+        """Ignored."""
+
+    def lost(self, lane: ActorLane) -> None:
+        """Ignored."""
+
+    def left(self, lane: ActorLane) -> None:
+        """Ignored."""

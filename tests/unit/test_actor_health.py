@@ -1,0 +1,193 @@
+"""The router's reflex on real links: an actor that makes no progress loses its rows to others, and gets rows again once it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cluster.core.errors import ReplicaUnavailable
+from cluster.core.ids import ExpertId, Role
+from cluster.core.routing_table import RoutingTable, TableCopy, TableModel
+from kit.link import SECRET, VERSION, FakeActor, random_rows, request, running_actor, until
+from kit.pipelines import NAME, E, K, T, call, served
+from router_service.actor_health import ActorHealth
+from router_service.core.hedging import HedgeBudget, Lateness
+from router_service.core.liveness import Liveness
+from router_service.core.trust import Trust
+from router_service.core.verdicts import LivenessLimits, State
+from router_service.dispatcher import Hedging
+from router_service.lanes import Lanes
+from router_service.pipeline import Pipeline
+
+LIMITS = LivenessLimits(probe_s=0.02, suspect_s=0.05, eject_s=0.1, pace_floor_s=0.005, cold_floor_s=0.02)
+NEVER_S = 1000.0
+
+
+@dataclass
+class Router:
+    """A router's reflex over real links to actors whose experts give rows back as they are."""
+
+    lanes: Lanes
+    health: ActorHealth
+    trust: Trust
+    pipeline: Pipeline
+    actors: list[FakeActor]
+
+
+@asynccontextmanager
+async def router(num_actors: int, *, hedge_s: float = NEVER_S, budget_rows: float = 1e6, roles: tuple[Role, ...] = ()) -> AsyncIterator[Router]:
+    """Every expert has a copy on every actor; the first actor's is preferred, because the others have shadows unless `roles` says otherwise."""
+    async with AsyncExitStack() as stack:
+        actors = [await stack.enter_async_context(running_actor(f"actor-{number}", generation=number + 1)) for number in range(num_actors)]
+        roles = roles or (Role.REPLICA, *[Role.SHADOW] * (num_actors - 1))
+        copies = tuple(TableCopy(actor.endpoint.incarnation, VERSION, role) for actor, role in zip(actors, roles, strict=True))
+        table = RoutingTable(
+            1,
+            {actor.endpoint.incarnation.actor_id: actor.endpoint for actor in actors},
+            {ExpertId(NAME, layer, index): copies for layer in (0, 3) for index in range(E)},
+            {NAME: TableModel(NAME, "", E, 0)},
+        )
+        trust = Trust()
+        health = ActorHealth(Liveness(LIMITS), trust)
+        lanes = Lanes(router_id="r", link_secret=SECRET, watch=health)
+        await lanes.apply(table)
+        await lanes.wait_until_settled(10)
+        health.adopt(table)
+        hedging = Hedging(Lateness(0.99, hedge_s), HedgeBudget(0.05, budget_rows))
+        pipeline = Pipeline(lanes, {NAME: served()}, lambda: table, random.Random(0), trust=trust, hedging=hedging)
+        health.on_pulse = pipeline.dispatcher.pulse
+        health.start()
+        try:
+            yield Router(lanes, health, trust, pipeline, actors)
+        finally:
+            health.close()
+            await lanes.close(1.0)
+
+
+async def test_an_actor_whose_compute_thread_stands_still_is_ejected_and_its_rows_go_elsewhere() -> None:
+    async with router(2) as made:
+        stuck = made.actors[0]
+        stuck.compute.gate.clear()
+        reply = await made.pipeline.run(call())
+        assert stuck.compute.frames
+        assert made.health.num_ejections == 1
+        assert made.health.state(str(stuck.endpoint.incarnation)) is State.EJECTED
+        assert (reply.report.shadow, reply.report.exact) == (T * K, 0)
+        assert made.health.changed.is_set()
+
+
+async def test_after_an_ejection_new_rows_go_elsewhere_at_once_and_exact_ones_still_try() -> None:
+    async with router(2) as made:
+        made.actors[0].compute.gate.clear()
+        await made.pipeline.run(call())
+        before = len(made.actors[0].compute.frames)
+        reply = await made.pipeline.run(call(1))
+        assert reply.report.shadow == T * K
+        assert len(made.actors[0].compute.frames) == before
+        made.actors[0].compute.gate.set()
+        assert (await made.pipeline.run(call(2, fidelity_exact=True))).report.exact == T * K
+
+
+async def test_an_actor_that_answers_again_is_trusted_again() -> None:
+    async with router(2) as made:
+        name = str(made.actors[0].endpoint.incarnation)
+        made.actors[0].compute.gate.clear()
+        await made.pipeline.run(call())
+        assert made.health.state(name) is State.EJECTED
+        made.actors[0].compute.gate.set()
+        seed = 0
+        async with asyncio.timeout(20):
+            while made.health.state(name) is not State.HEALTHY:
+                seed += 1
+                await made.pipeline.run(call(seed))
+                await asyncio.sleep(0)
+        await until(lambda: made.trust.is_calm)
+        assert (await made.pipeline.run(call())).report.exact == T * K
+
+
+async def test_a_late_answer_of_an_ejected_actor_reaches_nobody() -> None:
+    async with router(2) as made:
+        made.actors[0].compute.gate.clear()
+        waiting = asyncio.create_task(made.lanes.submit(request(made.actors[0].endpoint, random_rows(3))))
+        with pytest.raises(ReplicaUnavailable, match="ejected"):
+            await waiting
+        made.actors[0].compute.gate.set()
+        await until(lambda: made.health.state(str(made.actors[0].endpoint.incarnation)) is not State.EJECTED)
+        assert all(link.frames_in_flight == 0 for link in made.lanes.status())
+
+
+async def test_late_rows_are_hedged_and_the_first_success_wins_without_an_ejection() -> None:
+    async with router(2, hedge_s=0.01) as made:
+        lateness = made.pipeline.dispatcher.hedging.lateness
+        for _ in range(64):
+            lateness.observe(8, 0.001)
+        made.actors[0].compute.gate.clear()
+        reply = await made.pipeline.run(call(want_plan=True))
+        assert reply.report.shadow == T * K
+        assert made.health.num_ejections == 0
+        assert (reply.report.plan.attempts == 1).all()
+        assert made.pipeline.dispatcher.hedging.budget.hedged_rows == T * K
+
+
+async def test_without_budget_nothing_is_hedged_and_the_ejection_cures_it() -> None:
+    async with router(2, hedge_s=0.01, budget_rows=0.0) as made:
+        made.actors[0].compute.gate.clear()
+        reply = await made.pipeline.run(call())
+        budget = made.pipeline.dispatcher.hedging.budget
+        assert (reply.report.shadow, made.health.num_ejections, budget.hedged_rows, budget.resent_rows) == (T * K, 1, 0, T * K)
+
+
+async def test_an_exact_call_is_hedged_to_replicas_only() -> None:
+    async with router(3, hedge_s=0.01, roles=(Role.REPLICA, Role.SHADOW, Role.REPLICA)) as made:
+        made.actors[0].compute.gate.clear()
+        reply = await made.pipeline.run(call(fidelity_exact=True))
+        assert reply.report.exact == T * K
+        assert not made.actors[1].compute.frames
+
+
+async def test_idle_actors_are_never_accused() -> None:
+    async with router(3) as made:
+        for actor in made.actors:
+            actor.compute.gate.clear()
+        beats = 0
+
+        def count(_: float) -> None:
+            nonlocal beats
+            beats += 1
+
+        made.health.on_pulse = count
+        await until(lambda: beats >= 3)
+        assert made.health.num_ejections == 0
+        assert made.trust.is_calm
+
+
+async def test_when_most_actors_look_stuck_the_router_doubts_itself_and_ejects_none() -> None:
+    async with router(4, roles=(Role.REPLICA,) * 4) as made:
+        for actor in made.actors:
+            actor.compute.gate.clear()
+        waiting = [asyncio.create_task(made.lanes.submit(request(actor.endpoint, random_rows(2)))) for actor in made.actors]
+        await until(lambda: made.pipeline.dispatcher is not None and made.health._liveness.doubts_itself)
+        assert made.health.num_ejections == 0
+        for actor in made.actors:
+            actor.compute.gate.set()
+        assert [len(reply.rows) for reply in await asyncio.gather(*waiting)] == [2] * 4
+
+
+async def test_a_reset_takes_rows_elsewhere_at_once_and_ejects() -> None:
+    async with router(2) as made:
+        lost = made.actors[0]
+        lost.compute.gate.clear()
+        running = asyncio.create_task(made.pipeline.run(call()))
+        await until(lambda: bool(lost.compute.frames))
+        for link in tuple(lost.server._links):
+            link.stream.close()
+        reply = await running
+        assert reply.report.shadow == T * K
+        assert made.health.num_ejections == 1
+        assert torch.isfinite(reply.hidden_states).all()

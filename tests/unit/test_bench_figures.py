@@ -1,0 +1,79 @@
+"""The benchmark's arithmetic: ceilings, fits, what a cluster would need, tables as Markdown."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bench.growth import Point, exponents_of
+from bench.leak import Look, section_of, slope_of
+from bench.overload import Probe
+from bench.processes import Usage
+from bench.report import Figure, ceiling_of, verdicts
+from bench.saturation import saturation_tables, wire_bytes
+from bench.settings import ECHO, IN_PROCESS, OURS, WIDE_MODEL, Case, Sizes
+from bench.tables import Table
+
+
+def figure(row: str, case: Case, *, p50_s: float = 0.001, tokens_per_s: float = 1000.0, caller_s: float = 0.0, server_s: float = 0.0) -> Figure:
+    return Figure(case.name, row, "", p50_s, (p50_s, p50_s), p50_s, tokens_per_s, (tokens_per_s, tokens_per_s), caller_s, server_s, 1)
+
+
+def test_the_ceiling_is_what_the_wire_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    one, many = Case(1, 8), Case(16, 8)
+    assert ceiling_of(one, figure(IN_PROCESS, one, p50_s=0.004), figure(ECHO, one, p50_s=0.001)) == pytest.approx(1.25)
+    reference, echo = figure(IN_PROCESS, many, tokens_per_s=16_000.0), figure(ECHO, many, caller_s=0.0002, server_s=0.0003)
+    assert ceiling_of(many, reference, echo) == pytest.approx(0.001 / 0.0015)
+
+
+@pytest.mark.parametrize(("ours_s", "is_reached"), [(0.005, True), (0.0053, False)])
+def test_a_verdict_compares_with_its_goal(ours_s: float, is_reached: bool) -> None:
+    case = Case(1, 8)
+    figures = [figure(OURS, case, p50_s=ours_s), figure(IN_PROCESS, case, p50_s=0.004), figure(ECHO, case)]
+    (found,) = verdicts(case, figures)
+    assert found.is_reached is is_reached
+
+
+def test_hivemind_measured_elsewhere_is_named_as_such() -> None:
+    case = Case(1, 8, WIDE_MODEL)
+    (found,) = verdicts(case, [figure(OURS, case, p50_s=0.005)])
+    assert "not measured here" in found.text
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_is_that_power(power: float) -> None:
+    points = [Point(size, 0.001 * size**power, 1.0, 0.001, 100) for size in (1, 4, 16, 64)]
+    assert exponents_of(points)["p50"] == pytest.approx(power)
+    assert exponents_of(points)["router memory"] == pytest.approx(0.0)
+
+
+def test_a_slope_is_that_of_the_line() -> None:
+    assert slope_of([1, 2, 3], [5, 7, 9]) == pytest.approx(2.0)
+    assert slope_of([1], [5]) == 0.0
+
+
+@pytest.mark.parametrize(("bytes_per_request", "is_steady"), [(0, True), (100, False)])
+def test_memory_that_grows_with_the_requests_is_a_leak(bytes_per_request: int, is_steady: bool) -> None:
+    looks = [Look(n, {"router 0": Usage(0, 10**7 + n * bytes_per_request, 0, 30, 5)}, 0, 0) for n in range(1000, 9000, 1000)]
+    assert section_of(looks, 1.0).data["verdicts"]["router 0"]["is_steady"] is is_steady
+
+
+def test_a_router_s_limit_is_its_cpu_time() -> None:
+    sizes = Sizes()
+    assert wire_bytes(sizes.hidden_size, 2) == 2 * 512 * 6
+    found = saturation_tables({"32 x 512": (512, 10_000.0, 0.0256)}, sizes).data
+    assert found["32 x 512"]["tokens_per_s_of_a_full_core"] == pytest.approx(20_000.0)
+    assert found["32 x 512"]["router_cores"] == pytest.approx(0.5)
+
+
+def test_recovery_begins_with_the_first_of_three_usual_answers() -> None:
+    probe = Probe(rig=None, seen=[(9.0, 0.5, True), (10.1, 0.5, True), (10.6, 0.01, True), (10.7, 0.01, False), (10.8, 0.01, True), (10.9, 0.01, True)])  # type: ignore[arg-type]
+    assert probe.recovery_s(10.0, 0.01) is None
+    probe.seen.append((11.0, 0.01, True))
+    assert math.isclose(probe.recovery_s(10.0, 0.01) or 0.0, 0.8)
+
+
+def test_tables_become_markdown() -> None:
+    assert Table("t", ("a", "b"), [("x|y", "1")], "n").markdown() == ["", "**t**", "", "| a | b |", "| --- | ---: |", "| x/y | 1 |", "", "n", ""]

@@ -1,0 +1,141 @@
+"""Answers that are not finite: blamed on the copy that gave them, or on rows that overflow, never passed on and never on a healthy copy."""
+
+import math
+
+import pytest
+import torch
+
+from cluster.core.errors import DataLoss, ExpertUnavailable, ReplicaCorrupt, ReplicaUnavailable
+from cluster.core.ids import ExpertId, Role
+from cluster.core.routing_table import TableCopy
+from kit.lanes import copy_on
+from kit.pipelines import NAME, K, Setup, T, call, expected, expert_forward, setup, table, version_of
+from router_service.core.trust import Rank, Trust
+from router_service.pipeline import TopK
+
+SICK = f"{99:064x}"
+IDS_TK = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2]], dtype=torch.int32)
+
+
+def chosen(**fields: object) -> object:
+    return call(num_tokens=4, routing=TopK(IDS_TK, torch.ones(4, 2)), **fields)
+
+
+def sick_forward(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+    """A copy of the version SICK has a NaN among its weights."""
+    answer = expert_forward(expert, version, rows)
+    return answer * math.nan if version == SICK else answer
+
+
+def overflowing(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+    """Healthy weights, which large rows overflow."""
+    return torch.where(rows.abs() > 1e20, torch.inf, expert_forward(expert, version, rows))
+
+
+def made_of(*roles_and_versions: tuple[Role, str], busy: tuple[str, ...] = ()) -> Setup:
+    """Every expert with these copies, expert 2's as given, others healthy; those that are `busy` are asked last."""
+
+    def copies(_: int, index: int) -> list[TableCopy]:
+        return [
+            copy_on(f"a{place}", version if index == 2 else version_of(index), generation=place + 1, role=role)
+            for place, (role, version) in enumerate(roles_and_versions)
+        ]
+
+    made = setup(copies, trust=Trust())
+    made.lanes._forward = sick_forward
+    for name in busy:
+        made.lanes.queued[name] = 100
+    return made
+
+
+async def test_a_copy_with_a_nan_is_blamed_by_a_witness_whose_answer_is_used() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), busy=("a1",))
+    asked = chosen(want_plan=True)
+    reply = await made.pipeline.run(asked)
+    assert torch.equal(reply.hidden_states, expected(asked, made.model))
+    assert reply.report.exact == 8
+    trust = made.pipeline.dispatcher.trust
+    assert [(expert.index, copy.incarnation.actor_id, kind) for expert, copy, kind in trust.take_accusations()] == [(2, "a0", "non_finite")]
+    assert (reply.report.plan.generations[IDS_TK.numpy() == 2] == 2).all()
+
+
+async def test_a_blamed_copy_is_asked_no_more_until_the_table_has_it_anew() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), busy=("a1",))
+    await made.pipeline.run(chosen())
+    made.lanes.requests.clear()
+    await made.pipeline.run(chosen())
+    assert {request.copy.version for request in made.lanes.requests if request.expert.index == 2} == {version_of(2)}
+    trust, expert = made.pipeline.dispatcher.trust, ExpertId(NAME, 3, 2)
+    sick = made.table.copies_of(expert)[0]
+    assert trust.rank(expert, sick) is Rank.NEVER
+    trust.adopt(made.table)
+    assert trust.rank(expert, sick) is Rank.NEVER
+    trust.adopt(table(lambda _, index: [copy_on("a1", version_of(index))]))
+    assert trust.rank(expert, sick) is Rank.GOOD
+
+
+async def test_rows_that_overflow_every_copy_are_data_loss_with_the_rows_and_nobody_is_blamed() -> None:
+    made = made_of((Role.REPLICA, version_of(2)), (Role.REPLICA, version_of(2)))
+    made.lanes._forward = overflowing
+    asked = chosen()
+    asked.hidden_states[3] = 1e30
+    with pytest.raises(DataLoss) as lost:
+        await made.pipeline.run(asked)
+    assert lost.value.failed_rows == (3,)
+    assert made.pipeline.dispatcher.trust.is_calm
+
+
+async def test_without_a_witness_a_golden_row_clears_healthy_weights() -> None:
+    made = made_of((Role.REPLICA, version_of(2)), (Role.SHADOW, version_of(50)))
+    made.lanes._forward = overflowing
+    asked = chosen()
+    asked.hidden_states[1] = 1e30
+    with pytest.raises(DataLoss) as lost:
+        await made.pipeline.run(asked)
+    assert lost.value.failed_rows == (1,)
+    assert made.pipeline.dispatcher.trust.is_calm
+    assert {request.copy.role for request in made.lanes.requests} == {Role.REPLICA}
+
+
+async def test_without_a_witness_a_golden_row_convicts_and_the_shadow_answers() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
+    asked = chosen(want_plan=True)
+    reply = await made.pipeline.run(asked)
+    assert (reply.report.exact, reply.report.shadow) == (6, 2)
+    assert torch.equal(reply.hidden_states, expected(asked, made.model))
+    golden = [request for request in made.lanes.requests if request.expert.index == 2 and len(request.rows) == 1]
+    assert len(golden) == 1
+    assert golden[0].copy.version == SICK
+
+
+async def test_the_only_copy_convicted_leaves_the_call_unavailable_and_an_exact_call_never_takes_the_shadow() -> None:
+    for roles, fields in (([(Role.REPLICA, SICK)], {}), ([(Role.REPLICA, SICK), (Role.SHADOW, version_of(2))], {"fidelity_exact": True})):
+        made = made_of(*roles)
+        with pytest.raises(ExpertUnavailable, match="not finite") as lost:
+            await made.pipeline.run(chosen(**fields))
+        assert lost.value.failed_rows == (1, 3)
+        assert Role.SHADOW not in {request.copy.role for request in made.lanes.requests}
+
+
+async def test_a_witness_that_does_not_answer_is_replaced_by_the_next() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), (Role.REPLICA, version_of(2)), busy=("a1", "a2"))
+    made.lanes.break_actor("a1", ReplicaUnavailable("reset"))
+    reply = await made.pipeline.run(chosen())
+    assert reply.report.exact == 8
+
+
+async def test_a_checksum_that_fails_sends_the_rows_to_another_copy_and_accuses_the_first() -> None:
+    made = made_of((Role.REPLICA, version_of(2)), (Role.REPLICA, version_of(2)), busy=("a1",))
+    made.lanes.fail_next("a0", ReplicaCorrupt("checksum"))
+    reply = await made.pipeline.run(call())
+    assert reply.report.exact == T * K
+    assert [kind for _, _, kind in made.pipeline.dispatcher.trust.take_accusations()] == ["checksum"]
+
+
+def test_one_tenant_can_accuse_only_so_many_copies_a_minute() -> None:
+    trust, copy = Trust(), copy_on("a", version_of(1))
+    believed = [trust.accuse(ExpertId(NAME, 0, index), copy, "non_finite", by="mallory", now_s=1.0) for index in range(40)]
+    assert sum(believed) < 40
+    assert believed == sorted(believed, reverse=True)
+    assert trust.accuse(ExpertId(NAME, 1, 0), copy, "non_finite", by="alice", now_s=1.0)
+    assert trust.accuse(ExpertId(NAME, 1, 1), copy, "non_finite", by="mallory", now_s=62.0)
