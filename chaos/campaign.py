@@ -105,7 +105,6 @@ async def run(campaign: Campaign, target: LocalTarget, report: Report) -> Outcom
                 report(record)
                 if Ending[record.ending] in STOPPING:
                     break
-            await session.load.stop()
     summary = summarise(records)
     judged = judge(summary, scenario.assertions)
     ending = ending_of(records, judged)

@@ -69,6 +69,12 @@ class Load:
             await asyncio.wait(set(self._tasks), timeout=self._settings.timeout_s + STOP_LIMIT_S)
         self._records.flush()
 
+    def abandon(self) -> None:
+        """Wait for nothing: nobody wants to know any more."""
+        self._is_on = False
+        for task in self._tasks:
+            task.cancel()
+
     async def close(self) -> None:
         """End the channel."""
         await self._client.close()
@@ -173,7 +179,7 @@ async def _obey(settings: LoadSettings) -> None:
                         await load.stop()
                 _tell(load, command.do)
         finally:
-            await load.stop()
+            load.abandon()
             await load.close()
 
 
@@ -184,7 +190,8 @@ def _tell(load: Load, what: str) -> None:
 
 def main() -> None:
     """Read the settings, obey."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's: it ends this process in order
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are the runner's, which heals under load and then closes stdin
     gc.freeze()
     asyncio.run(_obey(LoadSettings.model_validate_json(Path(sys.argv[1]).read_text())))
 

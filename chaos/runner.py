@@ -47,6 +47,7 @@ from cluster.core.errors import MoeError
 SETTLE_S = 1.0
 GUARD_S = 0.5
 QUICK_S = 1.5
+FIRST_ASK_S = 0.35
 HEAL_LIMIT_S = 60.0
 
 
@@ -197,11 +198,14 @@ class Repetition:
         at_s = injection.strikes[0].at_s
         record.injected_s, record.details = at_s - self._begun_s, dict(injection.strikes[0].details)
         self._events.put_nowait(Injected(number, at_s))
-        await asyncio.sleep(max(0.0, at_s + self._scenario.affected_s - time.monotonic()))
+        # The router keeps only the last time of each kind of loss: it is asked early, before a second one, and once more.
+        known = []
+        for wait_s in (min(FIRST_ASK_S, self._scenario.affected_s), self._scenario.affected_s):
+            await asyncio.sleep(max(0.0, at_s + wait_s - time.monotonic()))
+            known.append(await asyncio.to_thread(self._session.distrust_s, self._fault_s()))
         self._facts.setdefault("sched_wait_ms", 1e3 * (self._session.wait_s() - waited_s) / max(0.1, time.monotonic() - at_s))
-        known_s = await asyncio.to_thread(self._session.distrust_s, self._fault_s())
-        if known_s is not None:
-            self._facts.setdefault("router_detected_ms", 1e3 * (known_s - self._fault_s()))
+        if found := [known_s for known_s in known if known_s is not None]:
+            self._facts.setdefault("router_detected_ms", 1e3 * (min(found) - self._fault_s()))
 
     async def _recover(self, number: int) -> None:
         record = self._records[number]
@@ -273,7 +277,7 @@ class Repetition:
             started=started,
             duration_s=round(time.monotonic() - begin_s, 3),
             ending=finish.ending.name,
-            reason=finish.reason,
+            reason=finish.reason + (f"; the cluster was not whole: {session.lack}" if finish.ending is Ending.INTERRUPTED and session.lack else ""),
             deployment=session.target.name,
             fidelity=scenario.load.fidelity,
             tokens=scenario.load.tokens,

@@ -25,6 +25,7 @@ from cluster.core.ids import ExpertId
 from cluster.core.spec import ModelSpec
 from cluster.deploy.connection import read_token
 from cluster.local import processes
+from protos.moelastic.control.v1 import control_pb2 as pb
 from router_service.client import RouterClient
 from router_service.client_types import LayerInfo
 
@@ -58,6 +59,7 @@ class Session:
     peak: float
     healthy: Healthy
     router: Process | None = None
+    lack: str = ""
     _metrics_address: str = ""
     _counters: dict[str, float] = field(default_factory=dict)
     _counted_s: float = 0.0
@@ -74,7 +76,7 @@ class Session:
         except FleetError as error:
             return str(error)
         ready = [actor for actor in status.actors if actor.state == READY]
-        shadows = sum(slot.role == 2 and slot.state == READY for actor in ready for slot in actor.slots)  # noqa: PLR2004  (ROLE_SHADOW)
+        shadows = _num_shadowed(status)
         facts = (
             (status.state == "SERVING", f"the controller says {status.state}: {status.message}"),
             (status.num_copies_ready >= status.num_copies_wanted, f"{status.num_copies_ready} of {status.num_copies_wanted} copies"),
@@ -97,9 +99,11 @@ class Session:
         """Empty once the cluster is whole, else what it lacked when the time was up."""
         deadline_s = time.monotonic() + limit_s
         while lack := await asyncio.to_thread(self.lacks):
+            self.lack = lack
             if time.monotonic() > deadline_s:
                 return f"not whole within {limit_s:g} s: {lack}"
             await asyncio.sleep(pause_s)
+        self.lack = ""
         return ""
 
     def count_from_here(self) -> None:
@@ -193,7 +197,7 @@ async def opened(target: LocalTarget, load_spec: Load, folder: Path, *, seed: in
             seed=seed,
         )
         watcher = Watcher(client, model.name, layer.layer)
-        healthy = await _until_healthy(target, recover_s)
+        healthy = await _until_healthy(target, recover_s, await asyncio.to_thread(_num_actors, target, client))
         load = await LoadProcess.start(settings, folder)
         stack.push_async_callback(load.close)
         found = peak or (await load.measure_peak(load_spec.callers) if load_spec.share_of_peak is not None else 0.0)
@@ -225,7 +229,7 @@ def _layer_of(client: RouterClient, model: ModelSpec, load_spec: Load) -> LayerI
     return found
 
 
-async def _until_healthy(target: LocalTarget, limit_s: float) -> Healthy:
+async def _until_healthy(target: LocalTarget, limit_s: float, num_wanted: int) -> Healthy:
     """What the cluster looks like once the controller says that all is well. Raises FleetError when it does not within the limit."""
     deadline_s = time.monotonic() + limit_s
     while True:
@@ -238,8 +242,21 @@ async def _until_healthy(target: LocalTarget, limit_s: float) -> Healthy:
         await asyncio.sleep(0.25)
     ready = [actor for actor in status.actors if actor.state == READY]
     return Healthy(
-        num_actors=len(ready),
+        num_actors=min(len(ready), num_wanted),
         num_nodes=sum(node.alive for node in status.nodes),
-        num_shadows=sum(slot.role == 2 and slot.state == READY for actor in ready for slot in actor.slots),  # noqa: PLR2004  (ROLE_SHADOW)
+        num_shadows=_num_shadowed(status),
         num_processes=len(await asyncio.to_thread(processes.members, target.cluster.state)),
     )
+
+
+def _num_actors(target: LocalTarget, client: RouterClient) -> int:
+    """Actors that the spec wants: one that is being replaced may run beside its successor for a while, and does not count twice."""
+    actors = target.spec.actors
+    widest = max(layer.num_experts for model in target.spec.models for layer in client.model(model.name).layers)
+    return (actors.count or widest) + actors.standby
+
+
+def _num_shadowed(status: pb.GetClusterStatusResponse) -> int:
+    """Experts with a shadow that is ready, however many it has."""
+    slots = [slot for actor in status.actors if actor.state == READY for slot in actor.slots]
+    return len({(slot.model, slot.layer, slot.index) for slot in slots if slot.role == pb.ROLE_SHADOW and slot.state == READY})

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from cluster.clock import Clock, SystemClock
 from cluster.core.actions import Action, ImportExperts, ImportModel, target_of, verb_of
 from cluster.core.devices import found_device, released
+from cluster.core.doubts import recorded_links
 from cluster.core.errors import ConfigError, FleetError, MoeError, StaleTable
 from cluster.core.health import LinkReport, Wrong
 from cluster.core.ids import ExpertId, Incarnation
@@ -165,8 +166,8 @@ class Controller:
 
     def snapshot(self) -> Snapshot:
         """What the last look saw and what was decided."""
-        facts = (self._spec, self._memory, self._status, self._decision, self.generation)
-        return Snapshot(*facts, self._imports, self._trouble, self._reports.told, self._store.was_damaged)
+        told, was_damaged = self._reports.told, self._store.was_damaged
+        return Snapshot(self._spec, self._memory, self._status, self._decision, self.generation, self._imports, self._trouble, told, was_damaged)
 
     @property
     def table(self) -> RoutingTable | None:
@@ -220,19 +221,18 @@ class Controller:
         known = epoch if epoch <= self._memory.epoch else 0  # a higher one is another controller's, whose table may hold anything
         if self._memory.router_epochs.get(router_id) != known:
             self._memory = replace(self._memory, router_epochs={**self._memory.router_epochs, router_id: known})
-        lives = {record.incarnation for record in self._memory.actors.values()}
-        known_links = [link for link in links if link.incarnation in lives]
-        if self._reports.fold(router_id, known_links, tokens or {}, window_s, wrong, self._clock.now_s()):
+        if self._reports.fold(router_id, recorded_links(self._memory, links), tokens or {}, window_s, wrong, self._clock.now_s()):
             self._wake.set()
         return self._memory.epoch
 
     def release_device(self, device: str) -> bool:
         """Trust a quarantined device (NODE/DEVICE) again; False when it is not quarantined."""
-        name = found_device(self._memory, self._status, device)
-        if name is None:
+        if (name := found_device(self._memory, self._status, device)) is None:
             return False
         self._memory = released(self._memory, name)
-        self._store.save(self._memory, [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)], unix_time_s=self._clock.unix_s())
+        self._store.save(
+            self._memory, [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)], unix_time_s=self._clock.unix_s()
+        )
         self._wake.set()
         return True
 

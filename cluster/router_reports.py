@@ -26,9 +26,7 @@ class RouterReports:
         """All of it, for a decision."""
         return Told(self._load, self._health, self._hot)
 
-    def fold(
-        self, router_id: str, links: Iterable[LinkReport], tokens: Mapping[ExpertId, int], window_s: float, wrong: Sequence[Wrong], now_s: float
-    ) -> bool:
+    def fold(self, router_id: str, links: Iterable[LinkReport], tokens: Mapping[ExpertId, int], window_s: float, wrong: Sequence[Wrong], now_s: float) -> bool:
         """Take one report. Whether it says something new of who is out, or accuses somebody: then it is worth a look at once."""
         self._load = with_window(self._load, tokens, window_s, now_s)
         before = self._health

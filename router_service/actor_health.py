@@ -77,6 +77,8 @@ class ActorHealth:
         """A fresh link is ready."""
         self._lanes[lane.name] = lane
         self._liveness.joined(lane.name, lane.endpoint.node_id, lane.endpoint.device, self._loop.time())
+        if self._liveness.state(lane.name) is State.ON_TRIAL:
+            self._trust.set_actor(lane.name, Rank.GOOD)
 
     def sent(self, lane: ActorLane, num_tokens: int) -> None:
         """A frame went out. One on trial gets no second one before its answer."""
@@ -148,9 +150,9 @@ class ActorHealth:
                 case Eject():
                     self._eject(verdict)
                 case Readmit():
-                    self._trust.set_actor(verdict.actor, Rank.GOOD)
-                    if (lane := self._lanes.get(verdict.actor)) is not None:
-                        lane.try_again()
+                    lane = self._lanes.get(verdict.actor)
+                    if lane is not None and lane.try_again():
+                        self._trust.set_actor(verdict.actor, Rank.GOOD)
                 case Clear():
                     self._trust.set_actor(verdict.actor, Rank.GOOD)
                     del self.evidence[verdict.actor]

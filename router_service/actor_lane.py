@@ -155,11 +155,15 @@ class ActorLane:
             self._fail(run_id, ReplicaUnavailable(reason))
         self._settle()
 
-    def try_again(self) -> None:
-        """The actor is on trial: what it never answered no longer holds its window."""
-        self._lane.forget_abandoned()
-        self._settle()
-        self._pump_soon()
+    def try_again(self) -> bool:
+        """The actor is on trial. False: what it never answered holds its window still, so the link is made anew, and the trial begins when it is ready."""
+        if self._link is None or not self._lane.num_frames_in_flight:
+            return self._link is not None
+        self._reason = "being made anew after an ejection"
+        self._link.close()
+        self._end_link()
+        self._lose_all(ReplicaUnavailable(self._reason))
+        return False
 
     def probe(self) -> None:
         """Ask the actor for its progress."""

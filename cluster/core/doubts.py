@@ -6,7 +6,7 @@ further copies, which costs little and is undone. To kill takes more: most route
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.core.health import Health, LinkReport
@@ -33,6 +33,12 @@ def with_doubts(memory: Memory, health: Health, status: FleetObservation, repair
         if doubt is not None and (doubt.ended_s is None or now_s - doubt.ended_s < repair.settle_s):
             doubts[life] = doubt
     return replace(memory, doubts=doubts, condemned=_still_there(memory.condemned, status))
+
+
+def recorded_links(memory: Memory, links: Iterable[LinkReport]) -> list[LinkReport]:
+    """Those of lives that are recorded: what is said of others has passed."""
+    lives = {record.incarnation for record in memory.actors.values()}
+    return [link for link in links if link.incarnation in lives]
 
 
 def _still_there(condemned: Mapping[Incarnation, str], status: FleetObservation) -> dict[Incarnation, str]:

@@ -83,9 +83,7 @@ def _queue_s(table: TableDraft, expert: ExpertId, health: Health, now_s: float) 
     return min((health.queue_age_s(life, now_s) for life in holders), default=0.0)
 
 
-def _judged(
-    warmth: Warmth, expert: ExpertId, spec: ReplicationSpec, table: TableDraft, share: float, load: Load, health: Health, now_s: float
-) -> Warmth:
+def _judged(warmth: Warmth, expert: ExpertId, spec: ReplicationSpec, table: TableDraft, share: float, load: Load, health: Health, now_s: float) -> Warmth:
     num_replicas = _num_replicas(table, expert)
     is_busy = load.of(expert) >= spec.min_tokens_per_s
     waits = _queue_s(table, expert, health, now_s) >= spec.hot_queue_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from router_service.calibration.fitting import Training, distilled, narrow_start
 from router_service.calibration.subject import LayerRows, Place, Subject, wide_weights
 
 COMPENSATED = " compensated"
+_RANDOM_ROWS = 64
 _NARROW_TRAINING = Training(steps=1000, batch=256, rate=2e-3)
 
 
@@ -72,7 +74,10 @@ def make_all(subject: Subject, fitted: Mapping[int, LayerRows], judged: Mapping[
 
 
 def make_shadows_of(subject: Subject, place: Place, fitted: ExpertRows, judged: ExpertRows, layer_power: float, num_tokens: int) -> ExpertShadows:
-    """The shadows of one expert, fitted to some rows and measured on others; the fitted ones only where it has rows of both kinds."""
+    """The shadows of one expert, fitted to some rows and measured on others; the fitted ones only where it has rows of both kinds.
+
+    An expert that the text never reached does no damage, but gets its rounded shadows, measured on random rows, so that a plan can cover it.
+    """
     layer = subject.descriptor.layer(place[0])
     assert layer is not None  # noqa: S101  (places come from the descriptor)
     primary, wide = subject.primaries[place], wide_weights(subject, place, subject.primaries[place])
@@ -84,19 +89,24 @@ def make_shadows_of(subject: Subject, place: Place, fitted: ExpertRows, judged: 
     def measured(packed: PackedExpert, *, is_fitted: bool) -> MadeShadow:
         restored = decode(packed)
         shadow = wide_weights(subject, place, restored)
-        made = fidelity(judged.x_ND.numpy(), primary, restored, lambda rows, tensors: _forward(subject, place, rows, tensors))
+        made = fidelity(rows, primary, restored, partial(_forward, subject, place))
         return MadeShadow(packed, made, damage_of(expert_forward(judged.x_ND, shadow)), is_fitted)
 
-    shadows: dict[str, MadeShadow] = {}
-    if len(judged.x_ND) and len(fitted.x_ND):
+    is_reached = len(judged.x_ND) > 0 and len(fitted.x_ND) > 0
+    rows = judged.x_ND.numpy() if is_reached else _random_rows(layer.expert)
+    shadows = {name: measured(encode(layer.expert, primary, codec), is_fitted=False) for name, codec in CODECS.items()}
+    if is_reached:
         for name, codec in CODECS.items():
-            shadows[name] = measured(encode(layer.expert, primary, codec), is_fitted=False)
             packed = encode(layer.expert, primary, codec, inputs_of(layer.expert, fitted.x_ND.numpy()))
             shadows[name + COMPENSATED] = measured(packed, is_fitted=True)
         for name, codec in FITTED_CODECS.items():
             shadows[name] = measured(_fitted(subject, place, layer.expert, codec, fitted), is_fitted=True)
     usage = len(judged.x_ND) / max(num_tokens, 1)
     return ExpertShadows(place, usage, damage_of(torch.zeros_like(exact_ND)), shadows)
+
+
+def _random_rows(expert: ExpertDescriptor) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((_RANDOM_ROWS, expert.hidden_size)).astype(np.float32)
 
 
 def inputs_of(expert: ExpertDescriptor, rows_ND: Array) -> InputRows:

@@ -137,6 +137,9 @@ class Subject:
 
     def _tokens(self, text: str) -> torch.Tensor:
         ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if not ids or max(ids) >= self.model.get_input_embeddings().num_embeddings:
+            message = "the tokenizer beside the checkpoint makes no tokens of this text that the model knows; calibrate a folder with the model's own tokenizer"
+            raise ConfigError(message)
         start = self.tokenizer.bos_token_id
         return torch.tensor(ids if start is None else [start, *ids])
 

@@ -264,11 +264,6 @@ class Lane:
             self._end(run_id)
         return ended
 
-    def forget_abandoned(self) -> None:
-        """The actor is tried again: frames that nobody waits for leave its window, since their Results may be lost; what they still bring means nothing."""
-        awaited = {frame_id for run in self._runs.values() for frame_id in run.frame_ids}
-        self._in_flight = {frame_id: sent for frame_id, sent in self._in_flight.items() if frame_id in awaited}
-
     def turn_away(self) -> list[int]:
         """Nothing more may be sent: end every run that still has rows to send. Gives them; the others await their Result."""
         waiting = [run_id for run_id, run in self._runs.items() if run.spans]

@@ -49,6 +49,7 @@ class FakeCluster:
     stopped: set[Process] = field(default_factory=set)
     playing: dict[str, list[str]] = field(default_factory=dict)
     refuses: str = ""
+    name: str = "fake"
     is_silent: bool = False
 
     def inventory(self) -> Inventory:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.core.errors import FleetError
+from cluster.core.health import LinkReport, Wrong
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.spec import ActorsSpec
 from cluster.core.status import ActorState, SlotState
@@ -98,7 +99,8 @@ class Invariants:
                 assert incarnation not in {entry.incarnation for entry in known}, f"{copy} is drained on {incarnation}, where {router.router_id} sends rows"
             others = self.rig.fleet.ready_copies().get(copy, set()) - {incarnation}
             is_wanted = any(model.name == copy.expert.model for model in self.rig.spec.models)
-            if is_wanted and incarnation in self.rig.fleet.ready_copies().get(copy, set()):
+            is_accused = any(held.copy == copy and held.incarnation == incarnation for held in self.rig.controller.snapshot().memory.accused)
+            if is_wanted and not is_accused and incarnation in self.rig.fleet.ready_copies().get(copy, set()):
                 assert others, f"the last ready copy of {copy} is drained"
 
     def before_stop(self, incarnation: Incarnation) -> None:
@@ -194,7 +196,9 @@ class SimRig(ControlRig):
 
     async def fault(self) -> None:
         fleet, rng = self.fleet, self.rng
-        kind = rng.choice(("kill_actor", "kill_node", "hang", "wake", "fail", "add_node", "kill_router", "hang_router"))
+        kind = rng.choice(
+            ("kill_actor", "kill_node", "hang", "wake", "fail", "add_node", "kill_router", "hang_router", "eject", "freeze", "trust", "accuse", "heat")
+        )
         alive = [node.node_id for node in fleet.nodes.values() if node.alive and not node.is_head]
         if kind == "kill_actor" and fleet.actors:
             fleet.kill_actor(rng.choice(sorted(fleet.actors)))
@@ -213,10 +217,33 @@ class SimRig(ControlRig):
         elif kind == "hang_router":
             fleet.hung_routers.update(fleet.routers)
             self.deaf_steps.update(dict.fromkeys(fleet.routers, -1))
+        elif kind in ("eject", "freeze", "trust", "accuse", "heat"):
+            self.router_says(kind)
         elif kind == "fail":
             fleet.fail_next[rng.choice(COMMANDS)] = FleetError("injected")
         elif kind == "add_node" and len(alive) < 4:
             fleet.add_node(f"node-{len(fleet.nodes)}")
+
+    def router_says(self, kind: str) -> None:
+        """A router ejects, trusts or accuses an actor, or tells of a hot expert; a frozen actor is silent while its last report still stands in."""
+        lives = sorted(self.fleet.actors)
+        for router in self.routers.values():
+            if kind == "trust":
+                router.out.clear()
+                for actor in self.fleet.actors.values():
+                    actor.silent_since_s = None
+            elif kind == "heat":
+                hot = self.rng.choice(self.copies()).expert
+                router.tokens = {copy.expert: 5000 if copy.expert == hot else 100 for copy in self.copies()}
+                router.window_s, router.queue_age_s = 0.25, {f"actor-{hot.index}": self.rng.choice((0.0, 0.1))}
+            elif lives and kind == "accuse":
+                life = self.rng.choice(lives)
+                router.wrong = [Wrong(life, copy, "checksum") for copy in list(self.fleet.actors[life].slots)[:1]]
+            elif lives:
+                life = self.rng.choice(lives)
+                router.out[life] = LinkReport(life, is_ejected=True, evidence="no progress")
+                if kind == "freeze":
+                    self.fleet.actors[life].silent_since_s = self.clock.time_s
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -233,6 +260,11 @@ async def test_faults_and_crashes_break_no_rule_and_the_goal_is_reached(seed: in
         await rig.sim_step()
     rig.crash_chance = 0.0
     rig.fleet.hung_routers.clear()
+    rig.router_says("trust")
+    for router in rig.routers.values():
+        router.tokens, router.queue_age_s, router.wrong = {}, {}, []
+    for device in list(rig.controller.snapshot().memory.quarantined):
+        rig.controller.release_device(device)
     for actor in rig.fleet.actors.values():
         actor.hung = False
     while sum(node.alive for node in rig.fleet.nodes.values()) < 5:

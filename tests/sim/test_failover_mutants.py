@@ -72,7 +72,7 @@ def test_an_unbudgeted_hedge_is_caught() -> None:
     def mutant() -> Any:
         return mock.patch.object(HedgeBudget, "take", return_value=True)
 
-    assert_caught(mutant, "hedges stay within their budget", within=10, kinds=["slow_down", "delay_replies"], faults=4, calls_per_s=80.0)
+    assert_caught(mutant, "hedges stay within their budget", within=10, kinds=["slow_down", "delay_replies"], faults=6, replicas=1, calls_per_s=100.0)
 
 
 def test_a_second_answer_of_a_loser_is_caught() -> None:
@@ -156,7 +156,7 @@ def test_rows_lost_on_ejection_are_caught() -> None:
 
 def test_a_window_that_lost_answers_fill_for_ever_is_caught() -> None:
     def mutant() -> Any:
-        return mock.patch.object(batching.Lane, "forget_abandoned", return_value=None)
+        return mock.patch.object(actor_lane.ActorLane, "try_again", return_value=True)
 
     assert_caught(mutant, "", within=10, kinds=["drop_replies", "lose_one_way"], faults=3)
 

@@ -191,3 +191,18 @@ async def test_a_reset_takes_rows_elsewhere_at_once_and_ejects() -> None:
         assert reply.report.shadow == T * K
         assert made.health.num_ejections == 1
         assert torch.isfinite(reply.hidden_states).all()
+
+
+async def test_an_actor_that_never_answered_its_window_is_tried_on_a_fresh_link() -> None:
+    async with router(2) as made:
+        stuck = made.actors[0]
+        name = str(stuck.endpoint.incarnation)
+        stuck.compute.gate.clear()
+        await made.pipeline.run(call())
+        connects = made.lanes.status()[0].num_connects
+        await until(lambda: made.lanes.status()[0].num_connects > connects)
+        assert made.health.state(name) is State.ON_TRIAL
+        stuck.compute.gate.set()
+        await until(lambda: not stuck.compute._queue.qsize())
+        assert (await made.pipeline.run(call(1))).report.exact == T * K
+        await until(lambda: made.health.state(name) is State.HEALTHY)

@@ -54,14 +54,14 @@ def test_the_same_seed_picks_the_same_copies() -> None:
 
 
 def test_a_replica_ten_times_slower_gets_few_of_the_requests_and_is_tried_again_when_time_has_passed() -> None:
-    paces, rng, now_s, picked = {"fast": Pace(), "slow": Pace()}, random.Random(0), 0.0, Counter()
+    paces, rng, clock, picked = {"fast": Pace(), "slow": Pace()}, random.Random(0), [0.0], Counter()
     copies = [copy_on("fast", version_of(0)), copy_on("slow", version_of(0))]
     for _ in range(1000):
-        chosen = pick_copy(copies, burden=lambda name: paces[name].frame_s(now_s), rng=rng).incarnation.actor_id
+        chosen = pick_copy(copies, burden=lambda name: paces[name].frame_s(clock[0]), rng=rng).incarnation.actor_id
         picked[chosen] += 1
         took_s = 0.1 if chosen == "slow" else 0.01
-        now_s += took_s
-        paces[chosen].learn(took_s, now_s)
+        clock[0] += took_s
+        paces[chosen].learn(took_s, clock[0])
     assert 1 <= picked["slow"] <= 20
 
 
