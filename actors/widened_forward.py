@@ -60,7 +60,7 @@ def widened_linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     wide_TI = x_TI.float()
     output_TO = x_TI.new_empty((x_TI.shape[0], weight_OI.shape[0]))
     buffer = _strip(max(STRIP_ELEMENTS, width))
-    for part_OI, into_TO in zip(weight_OI.split(step), output_TO.split(step, dim=1), strict=True):
+    for part_OI, into_TO in zip(torch.split(weight_OI, step), torch.split(output_TO, step, dim=1), strict=True):
         strip_OI = buffer[: part_OI.numel()].view(part_OI.shape)
         strip_OI.copy_(part_OI)
         into_TO.copy_(linear(wide_TI, strip_OI))

@@ -14,9 +14,9 @@ from cluster.clock import Clock, SystemClock
 from cluster.core.actions import Action, ImportExperts, ImportModel, target_of, verb_of
 from cluster.core.devices import found_device, released
 from cluster.core.doubts import recorded_links
-from cluster.core.errors import ConfigError, FleetError, MoeError, StaleTable
+from cluster.core.errors import ConfigError, FleetError, StaleTable
 from cluster.core.health import LinkReport, Wrong
-from cluster.core.ids import ExpertId, Incarnation
+from cluster.core.ids import ExpertId
 from cluster.core.launch import Launch
 from cluster.core.lifecycle import SUSPECT_LIMIT_S
 from cluster.core.memory import Memory, read_model, with_goal, with_model, with_outcome
@@ -80,8 +80,7 @@ class Controller:
         self._outcomes: list[Outcome] = []
         self._imports: Mapping[str, tuple[int, int]] = {}
         self._agents_up: set[str] = set()
-        self._trouble = ""
-        self._num_failed_looks, self._has_moved = 0, False
+        self._trouble, self._num_failed_looks, self._has_moved = "", 0, False
         self._raise_epoch()
 
     async def run(self) -> None:
@@ -230,9 +229,8 @@ class Controller:
         if (name := found_device(self._memory, self._status, device)) is None:
             return False
         self._memory = released(self._memory, name)
-        self._store.save(
-            self._memory, [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)], unix_time_s=self._clock.unix_s()
-        )
+        news = [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)]
+        self._store.save(self._memory, news, unix_time_s=self._clock.unix_s())
         self._wake.set()
         return True
 
@@ -257,7 +255,7 @@ class Controller:
         return self._reports.is_calm(status.observed_s) and not self._under_way and status.has_same_facts(self._status)
 
     def _pause_s(self) -> float:
-        """A moment only while copies are being loaded for experts that have none, or a table was just published whose consequences wait."""
+        """A moment only while experts have no copy and something was just done about it."""
         pause_s = self._spec.control.reconcile_s if self._spec is not None else IDLE_PAUSE_S
         is_urgent = self._has_moved and self._memory.inexact_since_s is not None and self._memory.reached_revision > 0
         return min(URGENT_PAUSE_S, pause_s) if is_urgent else pause_s
@@ -332,10 +330,9 @@ class Controller:
 
     def _record(self, decision: Decision, actions: Sequence[Action]) -> None:
         """Make the decision durable; from here on it is what happens, crash or not."""
-        epoch = decision.memory.epoch
+        memory, epoch = decision.memory, decision.memory.epoch
         news = [NewDecision(verb_of(action), target_of(action), action.reason, epoch) for action in actions]
-        new = {device: why for device, why in decision.memory.quarantined.items() if device not in self._memory.quarantined}
-        news += [NewDecision("quarantine", device, why, epoch) for device, why in new.items()]
+        news += [NewDecision("quarantine", device, why, epoch) for device, why in memory.quarantined.items() if device not in self._memory.quarantined]
         if decision.memory.published is not self._memory.published:
             news.append(NewDecision("publish", f"{len(decision.table.copies)} experts", f"{decision.num_copies_ready} copies ready", epoch))
         self._store.save(decision.memory, news, unix_time_s=self._clock.unix_s())

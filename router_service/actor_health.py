@@ -80,6 +80,10 @@ class ActorHealth:
         if self._liveness.state(lane.name) is State.ON_TRIAL:
             self._trust.set_actor(lane.name, Rank.GOOD)
 
+    def may_send(self, lane: ActorLane) -> bool:
+        """Whether another frame may go out now. Rows for an ejected actor come only where nobody else is left: they may try."""
+        return self._liveness.may_send(lane.name) or self._liveness.state(lane.name) is State.EJECTED
+
     def sent(self, lane: ActorLane, num_tokens: int) -> None:
         """A frame went out. One on trial gets no second one before its answer."""
         self._liveness.sent(lane.name, num_tokens, self._loop.time())

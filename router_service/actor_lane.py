@@ -210,15 +210,19 @@ class ActorLane:
     def _pump(self) -> None:
         self._is_pumping = False
         now_s = self._loop.time()
-        while self._link is not None and self._link.phase is LinkPhase.READY and (plan := self._lane.next_frame(now_s)) is not None:
+        while self._may_send() and (plan := self._lane.next_frame(now_s)) is not None:
             for piece in plan.pieces:
                 waiter = self._waiters[piece.run_id]
                 waiter.sent_s = waiter.sent_s or now_s
             rows = [self._waiters[piece.run_id].rows[piece.start : piece.stop].data for piece in plan.pieces]
             self._watch.sent(self, plan.num_tokens)
+            assert self._link is not None  # noqa: S101  (else nothing may be sent)
             self._link.send(plan.forward, rows)
         for run_id in self._lane.expire(now_s):
             self._fail(run_id, DeadlineExceeded(f"the deadline passed while rows waited for {self.endpoint.incarnation}"))
+
+    def _may_send(self) -> bool:
+        return self._link is not None and self._link.phase is LinkPhase.READY and self._watch.may_send(self)
 
     def _withdraw(self, run_id: int) -> None:
         self._waiters.pop(run_id, None)

@@ -51,14 +51,21 @@ class ByteBudget:
         """Calls that wait for bytes."""
         return len(self._waiting)
 
+    def take(self, num_bytes: int) -> ByteLease | None:
+        """Bytes that are free now, or None."""
+        if self._waiting or self.held_bytes + num_bytes > self.limit_bytes:
+            return None
+        self.held_bytes += num_bytes
+        return ByteLease(self, num_bytes)
+
     async def acquire(self, num_bytes: int, *, timeout_s: float) -> ByteLease:
         """Wait for bytes. Raises MessageTooLarge when they can never fit, Overloaded when they do not come free in time."""
         if num_bytes > self.limit_bytes:
             message = f"a message of {num_bytes} bytes can never fit into the router's budget of {self.limit_bytes} ({self._name}); send fewer tokens at once"
             raise MessageTooLarge(message, limit_bytes=self.limit_bytes)
-        if not self._waiting and self.held_bytes + num_bytes <= self.limit_bytes:
-            self.held_bytes += num_bytes
-            return ByteLease(self, num_bytes)
+        lease = self.take(num_bytes)
+        if lease is not None:
+            return lease
         if len(self._waiting) >= self._max_waiting:
             self._refuse("too many calls wait for it already")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

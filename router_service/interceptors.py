@@ -182,22 +182,29 @@ class _Call:
 
         A handler counts its own calls: what goes wrong after it, as a reply that nobody takes, is not counted again.
         """
-        async with contextlib.AsyncExitStack() as held:
-            try:
-                if self._door.places is not None:
-                    self._door.places.enter()
-                    held.callback(self._door.places.leave)
-                if self._admission.liars and self._caller(context) in self._admission.liars:
-                    self._declared = None
-                lease = await self._acquire(context, self._door.budget, self._declared_bytes(is_stream=is_stream))
-                held.callback(lease.release)
-                yield lease
-            except MoeError as error:
-                if not self._is_handled:
-                    self._admission.refused(self._method, error)
-                await abort(context, error)
+        places, lease = None, None
+        try:
+            if self._door.places is not None:
+                self._door.places.enter()
+                places = self._door.places
+            if self._admission.liars and self._caller(context) in self._admission.liars:
+                self._declared = None
+            lease = await self._acquire(context, self._door.budget, self._declared_bytes(is_stream=is_stream))
+            yield lease
+        except MoeError as error:
+            if not self._is_handled:
+                self._admission.refused(self._method, error)
+            await abort(context, error)
+        finally:
+            if lease is not None:
+                lease.release()
+            if places is not None:
+                places.leave()
 
     async def _acquire(self, context: Any, budget: ByteBudget, num_bytes: int) -> ByteLease:  # noqa: ANN401
+        lease = budget.take(num_bytes)
+        if lease is not None:
+            return lease
         remaining_s = context.time_remaining()
         wait_s = self._limits.max_wait_s if remaining_s is None else max(0.0, min(self._limits.max_wait_s, remaining_s))
         return await budget.acquire(num_bytes, timeout_s=wait_s)

@@ -17,6 +17,10 @@ class LaneWatch(Protocol):
         """A fresh link is ready."""
         ...
 
+    def may_send(self, lane: ActorLane) -> bool:
+        """Whether another frame may go out now: one on trial gets one at a time."""
+        ...
+
     def sent(self, lane: ActorLane, num_tokens: int) -> None:
         """A frame went out: the actor owes an answer."""
         ...
@@ -43,6 +47,10 @@ class NoWatch:
 
     def joined(self, lane: ActorLane) -> None:
         """Ignored."""
+
+    def may_send(self, lane: ActorLane) -> bool:  # noqa: ARG002  (as the others)
+        """Always."""
+        return True
 
     def sent(self, lane: ActorLane, num_tokens: int) -> None:
         """Ignored."""

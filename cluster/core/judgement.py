@@ -38,7 +38,7 @@ def judge(spec: ClusterSpec, memory: Memory, status: FleetObservation, health: H
 
 
 def with_exactness(memory: Memory, actors: Mapping[str, ActorView], wanted: Collection[CopyId], now_s: float) -> tuple[Memory, bool]:
-    """Note since when some expert has had no full copy that may be trusted, and whether free slots are about to take it: for a moment, all else waits for that."""
+    """Note since when some expert has had no full copy that may be trusted, and whether free slots are taking it: for a moment, all else waits for that."""
     trusted = {slot.copy for view in actors.values() if view.stays for slot in view.slots if slot.state is SlotState.READY}
     trusted -= {held.copy for held in memory.accused if not _is_elsewhere(held, actors)}
     num_lacking = sum(1 for copy in wanted if copy.role is Role.REPLICA and copy not in trusted)

@@ -29,7 +29,8 @@ class Life(StrEnum):
 class ActorView:
     """A recorded actor with what was seen of it. `leaving`: its copies must move elsewhere, then it stops.
 
-    `doubt`: why routers send it nothing now; `is_settling`: they did so until a moment ago. `is_outdated`: its report is older than the last command.
+    `doubt`: why routers send it nothing now; `is_settling`: they did so until a moment ago. `is_outdated`: it has not
+    answered the last question yet, or its report is older than the last command: it is given nothing, and nothing new is published there.
     """
 
     record: ActorRecord
@@ -142,7 +143,7 @@ def views(spec: ClusterSpec, memory: Memory, status: FleetObservation) -> dict[s
             by_copy=by_copy,
             doubt=doubt.why if doubt is not None and doubt.ended_s is None else "",
             is_settling=doubt is not None and doubt.ended_s is not None,
-            is_outdated=actor is not None and actor.is_outdated,
+            is_outdated=actor is not None and (actor.is_outdated or actor.silent_s > 0),
         )
     return result
 
@@ -162,8 +163,7 @@ def _life(record: ActorRecord, actor: ActorObservation | None, alive: set[str], 
         age_s = now_s - memory.first_seen_s.get(incarnation, now_s)
         if age_s > spec.actors.start_timeout_s:
             return Life.LOST, f"did not become ready within actors.start_timeout_s = {spec.actors.start_timeout_s:g} s"
-        return Life.STARTING, actor.reason or "starting"
-    return Life.READY, ""
+    return (Life.STARTING, actor.reason or "starting") if actor.state is ActorState.STARTING else (Life.READY, "")
 
 
 def _doubtful(actor: ActorObservation, alive: set[str], age_s: float) -> tuple[Life, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.core.actions import Assume, CopyAction, Drain, Release
 from cluster.core.descriptors import Manifest
-from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
+from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.lifecycle import ActorView, Life, needs_repair
 from cluster.core.load import Load
 from cluster.core.memory import Memory, Withdrawal, load_key

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from cluster.core.actions import Action, ImportExperts, ImportModel, StartRouter, StopRouter
 from cluster.core.descriptors import Manifest
-from cluster.core.errors import ConfigError
 from cluster.core.devices import with_strike_of
+from cluster.core.errors import ConfigError
 from cluster.core.health import Health
 from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.judgement import judge, with_exactness
@@ -318,10 +318,10 @@ class _Step:
 
     def _is_at_rest(self, memory: Memory, table: TableDraft, layout: Layout) -> bool:
         """Whether nothing is in doubt, held back, on its way or left over."""
-        waits = memory.replace or memory.backoff or memory.unreachable_since_s or memory.issued - memory.returned or memory.doubts or memory.accused
-        waits = waits or memory.condemned
+        waits = memory.replace or memory.backoff or memory.unreachable_since_s or memory.issued - memory.returned
+        is_judging = memory.doubts or memory.accused or memory.condemned
         num_slots = sum(len(view.slots) for view in self.actors.values())
-        return not waits and num_slots == sum(map(len, table.copies.values())) and self._is_settled(layout)
+        return not waits and not is_judging and num_slots == sum(map(len, table.copies.values())) and self._is_settled(layout)
 
     def _is_routed(self) -> bool:
         return {router.router_id for router in self.status.routers if router.state is ActorState.READY}.issuperset(ROUTER_IDS)

@@ -20,6 +20,7 @@ class RouterMetrics:
         self._shown: dict[str, set[str]] = {}
         registry = self.registry
         self._requests = Counter("moe_requests", "Requests ended, by gRPC status code", ["model", "layer", "code"], registry=registry)
+        self._ended: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._duration = Histogram("moe_request_duration_seconds", "From admission to reply", ["model", "layer"], registry=registry, buckets=_LATENCY_BUCKETS_S)
         self._choices = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
         self._tokens = Counter("moe_tokens", "Tokens of requests that succeeded", ["model"], registry=registry)
@@ -53,10 +54,17 @@ class RouterMetrics:
         """Count one call that was refused before its handler: it has no model, and no duration that says anything."""
         self._requests.labels("", NO_LAYER, code).inc()
 
+    def _look_up(self, model: str, layer: int, code: str) -> tuple[Counter, Histogram]:
+        """Looked up once, counted often; as many as there are series."""
+        found = (self._requests.labels(model, str(layer), code), self._duration.labels(model, str(layer)))
+        self._ended[model, layer, code] = found
+        return found
+
     def request_finished(self, model: str, layer: int, code: str, duration_s: float, outcomes: Mapping[str, int], *, tokens: int = 0) -> None:
         """Count one request that ended. `model` must be one that is served, or empty: labels are bounded by what we serve, not by what is asked."""
-        self._requests.labels(model, str(layer), code).inc()
-        self._duration.labels(model, str(layer)).observe(duration_s)
+        ended, duration = self._ended.get((model, layer, code)) or self._look_up(model, layer, code)
+        ended.inc()
+        duration.observe(duration_s)
         for outcome, count in outcomes.items():
             if count:
                 self._choices.labels(model, outcome).inc(count)

@@ -24,6 +24,7 @@ from router_service.core.hope import check_hope
 _MIN_RETRY_AFTER_S = 0.01
 _MAX_RETRY_AFTER_S = 5.0
 _RATE_WEIGHT = 0.2
+_TRUSTED_FACTOR = 4
 _MAX_TIMEOUT_MS = 1 << 31
 _TURNS_PER_FRAME = 8
 
@@ -137,6 +138,7 @@ class Lane:
         self._expired: list[int] = []
         self._next_deadline_s = math.inf
         self._tokens_per_s = 0.0
+        self._tokens_per_frame = 0.0
         self._last_done_s = 0.0
 
     @property
@@ -181,7 +183,8 @@ class Lane:
             message = f"one row is larger than a frame of {self._limits.max_frame_bytes} bytes; raise link.max_frame_bytes"
             raise InvalidRequest(message, field="rows")
         rows_before = self._queue.rows_before(offer.num_rows) + sum(sent.num_tokens for sent in self._in_flight.values())
-        if rows_before > self._limits.max_tokens_per_frame:
+        # The next frame of a crowd holds this many rows: a rate that was learned from far smaller ones says little about it.
+        if rows_before and min(rows_before, self._limits.max_tokens_per_frame) <= _TRUSTED_FACTOR * self._tokens_per_frame:
             check_hope(rows_before + offer.num_rows, self._tokens_per_s, offer.deadline_s - now_s)
         self._admit(offer.num_rows)
         self._num_runs += 1
@@ -377,7 +380,8 @@ class Lane:
         self._last_done_s = now_s
         if elapsed_s > 0:
             rate = sent.num_tokens / elapsed_s
-            self._tokens_per_s = rate if not self._tokens_per_s else (1 - _RATE_WEIGHT) * self._tokens_per_s + _RATE_WEIGHT * rate
+            self._tokens_per_s += (_RATE_WEIGHT if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
+            self._tokens_per_frame += (_RATE_WEIGHT if self._tokens_per_frame else 1.0) * (sent.num_tokens - self._tokens_per_frame)
 
 
 def _run_of(offer: RunOffer, piece: Piece, now_s: float) -> Run:

@@ -2,7 +2,8 @@
 
 An actor is accused only while it owes rows: of silence, or of a compute thread that stands still for longer than so many rows usually take, whatever
 its event loop says. One that says it is loading is not accused of standing still. Time in which the observer itself did not run counts for nobody, and
-when over half of the actors look bad at once the observer doubts itself and ejects none; resets are excepted, they are no matter of time.
+when over half of the actors look bad at once the observer doubts itself and ejects none; resets are excepted, they are no matter of time, and so are
+compute threads that have stood still for `doubt_limit_s` behind loops that answer: those are heard, so it is not the observer.
 
 Two actors of one GPU, or of one node, that fall silent or are lost within `node_window_s` take the others there with them, except those that were heard
 since, and only while an actor elsewhere is left. Where both are on one of several GPUs of a node, that GPU alone goes.
@@ -186,7 +187,7 @@ class Liveness:
             if watch.state is State.SUSPECTED:
                 self._clear(watch, "it was heard and its compute thread advances", now_s)
             return self._take_pending()
-        if self.doubts_itself:
+        if self.doubts_itself and not (grievance.kind is Kind.STUCK and grievance.lasting_s >= self._limits.doubt_limit_s):
             return []
         since_s = now_s - grievance.lasting_s
         clock_s = now_s - self._late_s

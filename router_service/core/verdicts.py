@@ -61,6 +61,7 @@ class LivenessLimits:
     `pace_factor`: how many times the usual time its rows may take before a compute thread counts as stuck; `pace_floor_s`: what any frame may usually
     take, `cold_floor_s` while the actor has answered fewer than `cold_frames` (first touches of weights are slow). `prior_s_per_row`, `prior_rows` and
     `max_pace_rows` say what a row is thought to take at first, how many rows of evidence outweigh that, and after how many older evidence fades.
+    `doubt_limit_s`: how long an observer that doubts itself puts up with compute threads that stand still while their loops answer.
     `loading_grace_s`: how long an actor that said it was loading may be silent. `forgive_s`: one ejection is forgotten for each such time in health.
     """
 
@@ -77,9 +78,10 @@ class LivenessLimits:
     prior_s_per_row: float = 0.001
     prior_rows: int = 512
     max_pace_rows: int = 16_384
-    loading_grace_s: float = 2.0
+    loading_grace_s: float = 1.0
     forgive_s: float = 10.0
     min_actors_to_doubt_oneself: int = 3
+    doubt_limit_s: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.suspect_s <= self.eject_s:

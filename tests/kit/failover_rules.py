@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.core.errors import MoeError
 from cluster.core.ids import ExpertId, Incarnation, Role
+from cluster.core.link_frames import Forward
 from cluster.core.routing_table import RoutingTable, TableCopy
 from kit.sim_actors import NAN_BITS, SimActor, SimActors, key_of, tag_of
 from kit.sim_router import BUDGET_FRACTION, BURST_ROWS, Recorder, Request, SimRouter
@@ -17,7 +18,7 @@ from router_service.core.segments import SegmentReply, SegmentRequest
 from router_service.core.trust import Rank
 from router_service.core.verdicts import Clear, Eject, State, Verdict
 
-ILL_MEMORY_S = 1.0
+ILL_MEMORY_S = 2.0  # the longest that a cold compute thread may take before it is accused, and a little
 NODE_WINDOW_S = 0.19
 DEAD_S = 0.25
 DEADLINE_SLACK_S = 0.02
@@ -113,6 +114,13 @@ class Rules(Recorder):
         self.note("end", request.expert, request.copy.incarnation, request.attempt, type(outcome).__name__)
         if isinstance(outcome, SegmentReply):
             self.check_answer(request, outcome)
+
+    def framed(self, actor: SimActor, frame: Forward) -> None:
+        """A frame goes out."""
+        self.note("frame", actor.incarnation, frame.frame_id, len(frame.segments))
+        watch = self.router.liveness._watches.get(str(actor.incarnation)) if self.router is not None else None
+        if watch is not None:
+            self.require(watch.state is not State.ON_TRIAL or watch.owed_frames <= 1, "one frame at a time is on trial", actor.incarnation, watch.owed_frames)
 
     def check_answer(self, request: SegmentRequest, reply: SegmentReply) -> None:
         """The rows are of this request, and of the copy, life and try that the reply names."""

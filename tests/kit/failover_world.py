@@ -14,9 +14,10 @@ from cluster.core.launch import Launch
 from cluster.core.routing_table import TableCopy
 from cluster.core.spec import ActorsSpec, ClusterSpec, ModelSpec, ShadowSpec
 from cluster.core.status import SlotState
+from kit.failover_faults import FAULTS, Faults
 from kit.failover_rules import RuleBroken, Rules
 from kit.fleet import make_manifest
-from kit.sim_actors import SimActor, SimActors
+from kit.sim_actors import SimActors
 from kit.sim_control import LoopClock, SimController, SimFleet
 from kit.sim_router import Request, SimRouter
 from kit.virtual_time import VirtualLoop, run_in_virtual_time
@@ -25,6 +26,8 @@ from router_service import actor_lane
 LAUNCH = Launch(Path("/store"), code_digest="code-1", control_address="127.0.0.1:7777")
 LAYERS, EXPERTS, ACTORS, NODES = 2, 4, 9, 3
 RECONCILE_S = 0.25
+EXACT_AGAIN_S = 60.0
+IDLE_AGAIN_S = 35.0  # the longest ejection, and a little
 DEPLOY_LIMIT_S = 60.0
 
 
@@ -48,7 +51,7 @@ class Plan:
         """The plan of a seed."""
         rng = Random(seed)
         faults = rng.choice((0, 1, 1, 2, 2, 3, 4))
-        return cls(seed, replicas=rng.choice((1, 2, 2)), has_shadows=rng.random() < 0.8, faults=faults, calls_per_s=rng.choice((20.0, 40.0, 60.0)))
+        return cls(seed, replicas=rng.choice((1, 2, 2)), has_shadows=rng.random() < 0.8, faults=faults, run_s=2.5, calls_per_s=rng.choice((15.0, 30.0, 45.0)))
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Ended:
     faults: list[str]
 
 
-class World:
+class World(Faults):
     """One run. Everything random comes from the seed."""
 
     def __init__(self, plan: Plan, loop: VirtualLoop) -> None:
@@ -83,8 +86,10 @@ class World:
         self.rules = Rules(self.actors)
         self.router = SimRouter(self.controller, self.rules, Random(plan.seed + 1))
         self.rules.router = self.router
+        self.actors.on_frame = self.rules.framed
         self.router.on_table = self.rules.adopted
         self.num_requests = 0
+        self.num_nodes = NODES
         self.done_faults: list[str] = []
         self.paused_until_s = 0.0
         self.calls: set[asyncio.Task[None]] = set()
@@ -207,13 +212,6 @@ class World:
             if actor.incarnation in self.fleet.actors:
                 self.wake(actor)
 
-    def wake(self, actor: SimActor) -> None:
-        """Well again, for routers and for the controller."""
-        known = self.fleet.actors.get(actor.incarnation)
-        if known is not None:
-            known.hung = False
-            actor.heal()
-
     async def _until_exact_again(self) -> None:
         """Traffic re-admits: EXACT calls on every expert until a whole round of them is answered at the first try and nothing is left to repair."""
         limit_s = self.loop.time() + EXACT_AGAIN_S
@@ -243,133 +241,6 @@ class World:
             sum(copy.role is Role.REPLICA and copy.incarnation in self.fleet.actors for copy in table.copies_of(expert)) >= self.plan.replicas
             for expert in self._experts()
         )
-
-    # Faults: each breaks something, and undoes what it can undo.
-
-    def _some_actor(self) -> SimActor | None:
-        living = [actor for actor in self.actors.living() if not actor.is_stopped]
-        return self.rng.choice(living) if living else None
-
-    async def _for_a_while(self, actors: list[SimActor], shortest_s: float, longest_s: float) -> None:
-        await asyncio.sleep(self.rng.uniform(shortest_s, longest_s))
-        for actor in actors:
-            self.wake(actor)
-
-    async def kill_actor(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            self.actors.kill(actor, with_reset=True)
-
-    async def lose_gpu(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            for other in self._neighbours(actor):
-                if other.device == actor.device:
-                    self.actors.kill(other, with_reset=True)
-
-    async def lose_node(self) -> None:
-        if (actor := self._some_actor()) is not None and sum(node.alive for node in self.fleet.nodes.values()) > NODES:
-            with_reset = self.rng.random() < 0.5
-            neighbours = self._neighbours(actor)
-            self.fleet.kill_node(actor.node_id)
-            for other in neighbours:
-                self.actors.bury(other, with_reset=with_reset)
-            await asyncio.sleep(self.rng.uniform(0.5, 2.0))
-            self.fleet.add_node(f"node-{len(self.fleet.nodes)}")
-
-    async def freeze_node(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            frozen = self._neighbours(actor)
-            for other in frozen:
-                self._stop(other)
-            await self._for_a_while(frozen, 0.1, 1.5)
-
-    async def stop_actor(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            self._stop(actor)
-            await self._for_a_while([actor], 0.05, 1.5)
-
-    async def stick_compute(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.is_stuck = True
-            await self._for_a_while([actor], 0.1, 1.5)
-
-    async def slow_down(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.factor = 10.0
-            await self._for_a_while([actor], 0.2, 1.5)
-
-    async def corrupt_weights(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            slots = self.fleet.actors[actor.incarnation].slots
-            held = sorted({copy.expert for copy in slots if copy.role is Role.REPLICA})
-            if held:
-                actor.corrupt.add(self.rng.choice(held))
-                await self._for_a_while([actor], 1.0, 2.0)
-
-    async def drop_replies(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.num_to_drop = self.rng.randint(1, 3)
-            await self._for_a_while([actor], 0.3, 1.5)
-
-    async def double_replies(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.num_to_double = self.rng.randint(1, 20)
-            await self._for_a_while([actor], 0.3, 1.5)
-
-    async def delay_replies(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.late_s = self.rng.uniform(0.02, 0.4)
-            await self._for_a_while([actor], 0.2, 1.0)
-
-    async def fail_forwards(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.num_to_fail = self.rng.randint(1, 5)
-            await self._for_a_while([actor], 0.3, 1.0)
-
-    async def lose_one_way(self) -> None:
-        if (actor := self._some_actor()) is not None:
-            actor.is_quiet = True
-            await self._for_a_while([actor], 0.1, 1.5)
-
-    async def answer_for_another_life(self) -> None:
-        """Something answers in an older generation's name, with rows of its own."""
-        if (actor := self._some_actor()) is not None:
-            actor.num_to_forge = self.rng.randint(1, 3)
-            await self._for_a_while([actor], 0.3, 1.0)
-
-    async def pause_router(self) -> None:
-        pause_s = self.rng.uniform(0.05, 1.2)
-        self.rules.paused_s += pause_s
-        self.paused_until_s = self.loop.time() + pause_s
-        self.loop.jump(pause_s)
-
-    async def pause_controller(self) -> None:
-        self.controller.is_paused = True
-        await asyncio.sleep(self.rng.uniform(0.3, 2.0))
-        self.controller.is_paused = False
-
-    async def crash_controller(self) -> None:
-        self.controller.crash()
-
-    async def hold_table_back(self) -> None:
-        self.router.stale_until_s = self.loop.time() + self.rng.uniform(0.3, 2.0)
-
-    def _stop(self, actor: SimActor) -> None:
-        actor.stop()
-        self.fleet.actors[actor.incarnation].hung = True
-
-    def _neighbours(self, actor: SimActor) -> list[SimActor]:
-        return [self.actors.of(incarnation) for incarnation in sorted(self.fleet.actors) if self.actors.of(incarnation).node_id == actor.node_id]
-
-
-EXACT_AGAIN_S = 60.0
-IDLE_AGAIN_S = 35.0  # the longest ejection, and a little
-FAULTS = {
-    name: getattr(World, name)
-    for name in (
-        "kill_actor", "lose_gpu", "lose_node", "freeze_node", "stop_actor", "stick_compute", "slow_down", "corrupt_weights", "drop_replies", "double_replies",
-        "delay_replies", "fail_forwards", "lose_one_way", "answer_for_another_life", "pause_router", "pause_controller", "crash_controller", "hold_table_back",
-    )
-}  # fmt: skip
 
 
 def _copy_id(expert: ExpertId, copy: TableCopy) -> CopyId:

@@ -73,9 +73,10 @@ class SimActor:
         self.num_to_drop = self.num_to_double = self.num_to_fail = self.num_to_forge = 0
         self.late_s = 0.0
         self.slow_s = LONG_AGO_S  # when it last was slow
-        self.is_quiet = False  # its answers and Pongs are lost on the way
+        self.is_quiet = False  # its answers and Pongs are held up on the way
         self.ill_s = LONG_AGO_S
         self.busy_until_s: float | None = None
+        self._held: list[Callable[[], None]] = []
         self._unread_pings: list[tuple[SimLink, int]] = []
 
     @property
@@ -103,6 +104,9 @@ class SimActor:
         self.factor, self.late_s = 1.0, 0.0
         self.corrupt.clear()
         self.num_to_drop = self.num_to_double = self.num_to_fail = self.num_to_forge = 0
+        held, self._held = self._held, []
+        for brought in held:
+            self.loop.call_soon(brought)
         pings, self._unread_pings = self._unread_pings, []
         for link, sequence in pings:
             self.pinged(link, sequence)
@@ -154,7 +158,9 @@ class SimActor:
 
     def _deliver(self, link: SimLink, bring: Callable[[], None], at_s: float) -> None:
         def brought() -> None:
-            if link.phase is not LinkPhase.CLOSED and not self.is_quiet and not self.is_stopped:
+            if self.is_quiet:
+                self._held.append(brought)
+            elif link.phase is not LinkPhase.CLOSED and not self.is_stopped:
                 bring()
 
         self.loop.call_at(at_s + HOP_S, brought)

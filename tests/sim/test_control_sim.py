@@ -26,7 +26,11 @@ NOTHING_LEFT = ""
 TAKEN_OVER = "router-0 runs with another config or code, or the same: it was taken over; `--replace` replaces them one at a time"
 FAULT_STEPS = 150
 SETTLE_STEPS = 1500
+SETTLED_STEPS = 60
+COOL_STEPS = 800  # until what was hot is forgotten, and its further replicas are taken back
 COMMANDS = ("assume", "drain", "release", "start_actor", "stop_actor", "import_experts", "observe", "start_router", "stop_router")
+STRUCK = ("kill_actor", "kill_node", "hang", "wake", "fail", "add_node", "kill_router", "hang_router")
+SAID = ("eject", "freeze", "trust", "accuse", "heat")
 RECONNECT_STEPS = 10  # how long a router may need to find a restarted controller: below the grace before a drain
 
 
@@ -110,7 +114,8 @@ class Invariants:
         if table is not None and not self.rig.controller._is_going_down:
             assert all(entry.incarnation != incarnation for copies in table.copies.values() for entry in copies), f"{incarnation} is stopped while published"
         recorded = self.rig.controller.snapshot().memory.actors.get(incarnation.actor_id)
-        if actor is not None and recorded is not None and recorded.incarnation == incarnation and not actor.hung:
+        is_condemned = incarnation in self.rig.controller.snapshot().memory.condemned
+        if actor is not None and recorded is not None and recorded.incarnation == incarnation and not actor.hung and not is_condemned:
             assert all(slot.state is not SlotState.READY for slot in actor.slots.values()), f"{incarnation} is stopped before it is drained"
 
 
@@ -195,10 +200,14 @@ class SimRig(ControlRig):
             await self.end_controller()
 
     async def fault(self) -> None:
+        kind = self.rng.choice((*STRUCK, *SAID))
+        if kind in SAID:
+            self.router_says(kind)
+        else:
+            self.strike(kind)
+
+    def strike(self, kind: str) -> None:
         fleet, rng = self.fleet, self.rng
-        kind = rng.choice(
-            ("kill_actor", "kill_node", "hang", "wake", "fail", "add_node", "kill_router", "hang_router", "eject", "freeze", "trust", "accuse", "heat")
-        )
         alive = [node.node_id for node in fleet.nodes.values() if node.alive and not node.is_head]
         if kind == "kill_actor" and fleet.actors:
             fleet.kill_actor(rng.choice(sorted(fleet.actors)))
@@ -217,8 +226,6 @@ class SimRig(ControlRig):
         elif kind == "hang_router":
             fleet.hung_routers.update(fleet.routers)
             self.deaf_steps.update(dict.fromkeys(fleet.routers, -1))
-        elif kind in ("eject", "freeze", "trust", "accuse", "heat"):
-            self.router_says(kind)
         elif kind == "fail":
             fleet.fail_next[rng.choice(COMMANDS)] = FleetError("injected")
         elif kind == "add_node" and len(alive) < 4:
@@ -262,7 +269,7 @@ async def test_faults_and_crashes_break_no_rule_and_the_goal_is_reached(seed: in
     rig.fleet.hung_routers.clear()
     rig.router_says("trust")
     for router in rig.routers.values():
-        router.tokens, router.queue_age_s, router.wrong = {}, {}, []
+        router.tokens, router.queue_age_s, router.wrong = {copy.expert: 100 for copy in rig.copies()}, {}, []
     for device in list(rig.controller.snapshot().memory.quarantined):
         rig.controller.release_device(device)
     for actor in rig.fleet.actors.values():
@@ -280,7 +287,11 @@ async def test_faults_and_crashes_break_no_rule_and_the_goal_is_reached(seed: in
 
 async def check_goal(rig: SimRig) -> None:
     """Every copy ready at home and only there, no actor twice, nothing left over."""
-    for _ in range(60):
+    for step in range(COOL_STEPS):
+        await rig.sim_step()
+        if step >= SETTLED_STEPS and not rig.controller.snapshot().memory.further:
+            break
+    for _ in range(SETTLED_STEPS):
         await rig.sim_step()
     ready = rig.fleet.ready_copies()
     replicas = rig.spec.models[0].replicas

@@ -11,6 +11,7 @@ from cluster.core.routing_table import TableCopy
 from kit.failover_rules import RuleBroken
 from kit.failover_world import Plan, simulate
 from router_service import actor_lane, dispatcher, recheck
+from router_service.actor_health import ActorHealth
 from router_service.core import batching
 from router_service.core.balance import pick_copy
 from router_service.core.casualties import Casualties
@@ -158,7 +159,7 @@ def test_a_window_that_lost_answers_fill_for_ever_is_caught() -> None:
     def mutant() -> Any:
         return mock.patch.object(actor_lane.ActorLane, "try_again", return_value=True)
 
-    assert_caught(mutant, "", within=10, kinds=["drop_replies", "lose_one_way"], faults=3)
+    assert_caught(mutant, "nothing is left under way", within=10, kinds=["drop_replies", "lose_one_way"], faults=3)
 
 
 def test_a_pong_that_readmits_is_caught() -> None:
@@ -175,6 +176,13 @@ def test_a_pong_that_readmits_is_caught() -> None:
         return mock.patch.object(Liveness, "heard", forgiving)
 
     assert_caught(mutant, "a Pong re-admits nobody", within=10, kinds=["stick_compute"], faults=3)
+
+
+def test_a_trial_of_many_frames_is_caught() -> None:
+    def mutant() -> Any:
+        return mock.patch.object(ActorHealth, "may_send", return_value=True)
+
+    assert_caught(mutant, "one frame at a time is on trial", within=10, kinds=["stop_actor", "stick_compute", "freeze_node"], faults=4, calls_per_s=80.0)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from kit.failover_world import FAULTS, Ended, Plan, simulate
+from kit.failover_faults import FAULTS
+from kit.failover_world import Ended, Plan, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_SEED = os.environ.get("MOELASTIC_SIM_SEED")
@@ -79,7 +80,7 @@ def test_one_fault_of_a_kind_fails_no_request_that_may_be_degraded(kind: str) ->
     assert set(ended.outcomes) <= {"ok", "data_loss"} | ({"deadline"} if kind == "pause_router" else set())
 
 
-@pytest.mark.parametrize("seed", [3, 7, 11])
+@pytest.mark.parametrize("seed", [2, 78])
 def test_a_seed_gives_the_same_history_in_every_process(seed: int) -> None:
     script = f"import logging; logging.disable(50)\nfrom kit.failover_world import *\nprint(simulate(Plan.of({seed})).history)"
     found = {run(seed).history}

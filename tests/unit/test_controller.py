@@ -14,7 +14,7 @@ from cluster.core.errors import FleetError
 from cluster.core.health import LinkReport
 from cluster.core.ids import Incarnation
 from cluster.core.lifecycle import SUSPECT_LIMIT_S
-from cluster.core.reconcile import Decision, Told, reconcile
+from cluster.core.reconcile import Decision, reconcile
 from cluster.core.status import FleetObservation, SlotState
 from kit.control import STEP_S, ControlRig, make_spec
 

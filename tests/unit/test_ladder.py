@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cluster.core.errors import InvariantBroken
+from cluster.core.ids import Role
 from router_service.core.ladder import FALLBACK_OUTCOMES, compute_stand_ins, stand_in
-from router_service.core.outcomes import Outcome
+from router_service.core.outcomes import Answer, Ledger, Outcome
 
 RUNGS = ("shadow", "fewer_experts", "generalist", "dense")
 E, D = 6, 4
@@ -114,3 +116,17 @@ def test_the_combine_gets_a_place_for_every_choice_but_those_left_out(
             assert torch.equal(y_MD[place], x_TD[token] * factors[Outcome(outcome).name.lower()])
         else:
             assert place == place_TK[token, column]
+
+
+def test_a_choice_that_was_answered_cannot_be_stood_in_for() -> None:
+    ids_TK, weights_TK = np.array([[0, 1]], np.int32), np.array([[0.5, 0.5]], np.float32)
+    ledger = Ledger(ids_TK, weights_TK, np.zeros((1, 2), np.bool_))
+    ledger.answered(0, Answer("ab" * 32, 1, Role.REPLICA, 0))
+    with pytest.raises(InvariantBroken):
+        ledger.stood_in(np.array([[Outcome.DENSE, 0]], np.uint8), weights_TK, {Outcome.DENSE: "cd" * 32})
+    ledger.stood_in(np.array([[0, Outcome.DENSE]], np.uint8), weights_TK, {Outcome.DENSE: "cd" * 32, Outcome.GENERALIST: "ef" * 32})
+    report = ledger.report(epoch=1, want_plan=True)
+    assert (report.exact, report.dense, report.degraded_tokens) == (1, 1, 1)
+    assert [version.hex() for version in report.plan.versions] == ["ab" * 32, "cd" * 32]
+    assert report.plan.version_index.tolist() == [[0, 1]]
+    assert report.plan.generations.tolist() == [[1, -1]]

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from actors.expert_store import ExpertStore
+from actors.ladder_blobs import LadderBlobs
+from cluster.core.descriptors import Manifest
 from cluster.core.errors import CheckpointError, ExpertUnavailable
 from cluster.core.ladder_record import LadderRecord
 from cluster.core.spec import ShadowSpec
+from cluster.registry.checkpoint import MANIFEST_FILE
 from cluster.registry.ladder_file import LADDER_FILE, Ladder, write_ladder
 from kit.ladders import add_ladder
 from kit.models import HIDDEN, NUM_EXPERTS, NUM_LAYERS, save_tiny
@@ -154,3 +157,17 @@ def test_any_set_of_lost_experts_gives_finite_replies_or_says_which_rows_fail(so
         lost = [(1, index) for index in range(NUM_EXPERTS) if gone >> index & 1]
         reply = Twin.from_store(store, manifest.digest, lost=lost, ladder=("fewer_experts", "dense")).layer(1, x_TD)
         assert torch.isfinite(reply.hidden_states).all()
+
+
+def test_the_shipped_ladder_is_of_the_shipped_weights_and_small() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "tiny_moe_lm" / "checkpoint"
+    manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
+    with Ladder(folder) as ladder:
+        blobs = LadderBlobs(ladder, manifest)
+        fallbacks = {blob.key for blob in blobs.fallbacks()}
+        shadows = [blobs.shadow(key, manifest.model.layer(int(key.split("/")[0])).expert) for key in manifest.experts]
+    assert fallbacks == {f"{rung}/{layer.layer}" for rung in ("generalist", "dense") for layer in manifest.model.layers}
+    packed = [found[1] for found in shadows if found is not None]
+    assert sum(shadow.num_bytes for shadow in packed) <= 0.15 * sum(layer.num_experts * layer.expert.num_bytes for layer in manifest.model.layers)
+    assert blobs.record.order[0] == "generalist"
+    assert (folder / LADDER_FILE).stat().st_size <= 2 << 20

@@ -145,6 +145,17 @@ def test_an_observer_that_hears_less_than_half_doubts_itself(num_silent: int) ->
     assert seen.ejected() == {actors[0]}
 
 
+def test_doubt_of_oneself_does_not_excuse_for_ever_those_that_are_heard_and_do_nothing() -> None:
+    actors = [f"n{index}/a" for index in range(5)]
+    seen = Observed(*actors)
+    seen.warm_up(*actors[:3])
+    seen.send(*actors[:3])
+    assert seen.wait(1.9) == []
+    assert seen.liveness.doubts_itself
+    seen.wait(0.2)
+    assert seen.ejected() == set(actors[:3])
+
+
 def test_half_of_the_actors_silent_is_no_reason_to_doubt() -> None:
     actors = [f"n{index}/a" for index in range(4)]
     seen = Observed(*actors)

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from chaos import campaign, cli, target
+from chaos.campaign import Outcome, append_record, read_records
+from chaos.core.report import Judged, Record, ending_of, journal, judge, summarise, unknown_assertions
+from chaos.core.run_machine import Ending
+from chaos.core.targets import Process
+from chaos.core.tolerance import Tolerance
+from chaos.report_files import read_any, write_report
+from chaos.scenario_files import SHIPPED, find, load, names
+from chaos.target import LocalTarget
+from cluster.cli.app import app
+from cluster.core.errors import ConfigError
+from cluster.core.spec import ClusterSpec
+from cluster.deploy.connection import Connection
+from cluster.local.run_folder import RunFolder
+from cluster.store import ControlStore
+from kit.chaos import FakeCluster
+
+JOURNAL_KEYS = {"experiment", "status", "deviated", "start", "end", "duration", "steady_states", "run", "rollbacks", "platform", "node"}
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["chaos", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def record(number: int = 0, ending: str = "PASSED", scenario: str = "kill_actor", **metrics: float | None) -> Record:
+    return Record(
+        scenario=scenario,
+        digest=load(SHIPPED / f"{scenario}.yaml").digest,
+        seed=1,
+        repetition=number,
+        started="2026-01-01T00:00:00+00:00",
+        duration_s=1.0,
+        ending=ending,
+        reason="",
+        deployment="d",
+        fidelity="any",
+        tokens=8,
+        rate=10.0,
+        actions=[],
+        steady_states={},
+        metrics={"requests": 10.0, "failed": 0.0, "detected_ms": 10.0 + number} | metrics,
+        affected_ms=[10.0, 30.0 + number],
+        control_ms=[10.0, 20.0],
+    )
+
+
+def outcome(ending: Ending) -> Outcome:
+    written = journal(experiment={}, records=[], judged=[], summary={}, ending=ending, times=("", "", 0.0), place={})
+    return Outcome([], {}, [], ending, written, 0.0)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    made = FakeCluster()
+    extra = {
+        "close": lambda: None,
+        "cluster": SimpleNamespace(folder=SimpleNamespace(path="here")),
+        "spec": SimpleNamespace(models=[SimpleNamespace(name="m")]),
+    }
+    for name, value in extra.items():
+        setattr(made, name, value)
+    monkeypatch.setattr(cli, "_target", lambda _run_dir: made)
+    return made
+
+
+@pytest.mark.parametrize("ending", list(Ending))
+def test_the_exit_code_says_how_it_ended(ending: Ending, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "_carry_out", lambda *_arguments, **_options: outcome(ending))
+    path = tmp_path / "journal.json"
+    code, _ = invoke("run", "kill_actor", "--yes", "--journal-path", str(path))
+    assert code == ending
+    assert set(json.loads(path.read_text())) >= JOURNAL_KEYS
+    assert fake.done == []
+
+
+def test_a_dry_run_names_its_target_and_strikes_nobody(fake: FakeCluster) -> None:
+    code, text = invoke("run", "kill_actor", "--dry", "--seed", "5")
+    assert code == 0
+    assert "seed 5" in text.splitlines()[0]
+    assert "kill_actor on actor-0/g1" in text
+    assert fake.done == []
+
+
+def test_without_a_terminal_nobody_is_struck_unless_yes_is_said(fake: FakeCluster) -> None:
+    code, text = invoke("run", "kill_actor")
+    assert code == Ending.BAD_SCENARIO
+    assert "--yes" in text
+    assert fake.done == []
+
+
+def test_no_cluster_is_a_refusal_that_says_what_to_do(tmp_path: Path) -> None:
+    code, text = invoke("run", "kill_actor", "--yes", "--run-dir", str(tmp_path))
+    assert code == Ending.BAD_SCENARIO
+    assert "moelastic up --local" in text
+
+
+def deployed(tmp_path: Path, chaos: str, monkeypatch: pytest.MonkeyPatch) -> Connection:
+    """The records of a deployment on a local cluster that seems to run."""
+    spec = ClusterSpec.model_validate({"name": "d", "models": [{"name": "m", "path": "/nowhere"}], "chaos": chaos})
+    store = ControlStore(tmp_path / "control")
+    store.take_over()
+    store.put_goal(spec.model_dump_json())
+    store.close()
+    state = SimpleNamespace(temp_dir=tmp_path, nodes=())
+    monkeypatch.setattr(target.LocalCluster, "find", lambda folder: SimpleNamespace(folder=folder, state=state, is_usable=True))
+    return Connection(name="d", router_address="127.0.0.1:1", control_address="127.0.0.1:1", control_token_path=tmp_path / "control" / "control_token")
+
+
+def test_a_cluster_whose_recorded_spec_does_not_allow_chaos_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = deployed(tmp_path, "refused", monkeypatch)
+    with pytest.raises(ConfigError, match=r"chaos: refused.*set `chaos: allowed`"):
+        LocalTarget(RunFolder(tmp_path), connection)
+
+
+def test_a_process_that_the_status_did_not_name_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = deployed(tmp_path, "allowed", monkeypatch)
+    (tmp_path / "control" / "control_token").write_text("t")
+    found = LocalTarget(RunFolder(tmp_path), connection)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        process = Process("stranger", stranger.pid, psutil.Process(stranger.pid).create_time())
+        for strike in (found.kill, found.stop):
+            with pytest.raises(ConfigError, match="was not named by the status of d"):
+                strike(process)
+        assert found.is_running(process)
+        assert not found.is_alive(Process("another life", stranger.pid, process.start_s - 5))
+        stranger.communicate(b"\n")
+    found.close()
+
+
+def test_what_was_stopped_goes_on_when_the_one_who_stopped_it_is_killed() -> None:
+    """The whole chain with real processes: a stopper stops a child of ours, is killed, and the dead man's switch resumes the child."""
+    script = (
+        "import os, signal, sys, time; from chaos.dead_man import DeadMan; from chaos.core.targets import Process\n"
+        "pid, start = int(sys.argv[1]), float(sys.argv[2]); DeadMan().guard(Process('x', pid, start)); os.kill(pid, signal.SIGSTOP)\n"
+        "print('stopped', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        start_s = psutil.Process(child.pid).create_time()
+        command = [sys.executable, "-c", script, str(child.pid), repr(start_s)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stopper:
+            assert stopper.stdout is not None
+            assert stopper.stdout.readline() == b"stopped\n"
+            stopper.kill()
+        child.communicate(b"\n", timeout=20)  # a stopped child would never read it
+        assert child.returncode == 0
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_shipped_scenario_is_valid_and_its_assertions_are_measured(name: str) -> None:
+    file = load(find(name))
+    assert unknown_assertions(file.scenario.assertions) == []
+    assert invoke("validate", name)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metod": []}, "metod"),
+        ({"method": [{"name": "a", "at": 0, "fault": "kill_actr", "target": {"kind": "actor"}}]}, "unknown fault kill_actr"),
+        ({"assertions": {"added_p98_ms": 1}}, "nothing is measured as added_p98_ms"),
+        ({"seed": "${nothing}"}, "is not in `configuration`"),
+        ({"load": {"fidelity": "some"}}, "load.fidelity"),
+    ],
+)
+def test_a_wrong_scenario_is_refused_by_its_place(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    import yaml
+
+    document = yaml.safe_load((SHIPPED / "kill_actor.yaml").read_text()) | change
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(document))
+    code, text = invoke("validate", str(path))
+    assert code == Ending.BAD_SCENARIO
+    assert words in text
+
+
+def test_records_are_pooled_and_counted_only_when_the_fault_was_there() -> None:
+    summary = summarise([record(0), record(1, failed=1.0), record(2, ending="INTERRUPTED", failed=7.0)])
+    assert (summary["repetitions"], summary["failed"], summary["requests"]) == (2, 1, 20)
+    assert summary["added_p99_ms"] == pytest.approx(11.0)
+    assert (summary["detected_ms"], summary["detected_ms_p99"]) == (10.0, 11.0)
+    assert summary["availability"] == pytest.approx(0.95)
+    assert [found.ok for found in judge(summary, {"failed": Tolerance(equals=0), "detected_ms": Tolerance(at_most=10)})] == [False, True]
+
+
+def test_the_worst_of_several_repetitions_decides() -> None:
+    held, broken = (Judged(name="failed", value=0.0, tolerance="", ok=ok, reason="") for ok in (True, False))
+    assert ending_of([record(0)], [held]) is Ending.PASSED
+    assert ending_of([record(0)], [broken]) is Ending.DEVIATED
+    assert ending_of([record(0), record(1, "DEVIATED")], [held]) is Ending.DEVIATED
+    assert ending_of([record(0), record(1, "ABORTED")], [held]) is Ending.ABORTED
+    assert ending_of([record(0), record(1, "INTERRUPTED"), record(2, "ABORTED")], [held]) is Ending.INTERRUPTED
+
+
+def test_a_killed_writer_leaves_records_that_can_be_read_and_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(0))
+    with path.open("a") as file:
+        file.write('{"scenario": "kill')
+    assert [found.repetition for found in read_records(path)] == [0]
+    append_record(path, record(1))
+    assert [found.repetition for found in read_records(path)] == [0, 1]
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(ConfigError, match=r"records\.jsonl:1: not a record"):
+        read_records(path)
+
+
+async def test_repetitions_that_are_recorded_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "records.jsonl"
+    for number in range(2):
+        append_record(path, record(number))
+    monkeypatch.setattr(campaign, "opened", None)  # no session may be opened
+    file = load(find("kill_actor"))
+    found = await campaign.run(campaign.Campaign(file, tmp_path, 2, 1, path, resumes=True), None, print)  # type: ignore[arg-type]
+    assert [done.repetition for done in found.records] == [0, 1]
+
+
+def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    for number in range(3):
+        append_record(path, record(number))
+    page = write_report(read_any(path), tmp_path / "out", source=path)
+    text = page.read_text()
+    assert "SIGKILL of an expert actor" in text
+    assert "| failed | 0 | equal to 0 | held |" in text
+    assert {found.name for found in page.parent.iterdir()} == {"README.md", "latency.png", "times.png"}
+    code, printed = invoke("report", str(path))
+    assert code == 0
+    assert "SIGKILL of an expert actor" in printed
+    assert invoke("report", str(tmp_path / "none.jsonl"))[0] == Ending.BAD_SCENARIO
+
+
+def test_list_names_every_fault_and_scenario() -> None:
+    code, text = invoke("list")
+    assert code == 0
+    for word in (*names(), "lose_node", "flip_weights", "availability", "added_p99_ms"):
+        assert word in text
+
+
+@pytest.mark.parametrize("command", ["", "run", "validate", "list", "report"])
+def test_every_command_explains_itself(command: str) -> None:
+    code, text = invoke(*filter(None, [command]), "--help")
+    assert code == 0
+    assert "Usage: moelastic chaos" in text

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from chaos import runner
+from chaos.core.report import Record
+from chaos.runner import Repetition
+from chaos.session import Session
+from kit.chaos import FakeCluster, FakeSession, action, scenario_file
+from kit.waiting import until
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SETTLE_S", 0.0)
+    monkeypatch.setattr(runner, "GUARD_S", 0.01)
+
+
+async def run(session: FakeSession, during: Callable[[Repetition], Any] | None = None, **parts: Any) -> Record:
+    repetition = Repetition(scenario_file(**parts), cast("Session", session), 0, seed=1)
+    task = asyncio.create_task(repetition.run())
+    if during is not None:
+        await during(repetition)
+    return await task
+
+
+async def test_a_good_run_passes_and_tells_what_it_did() -> None:
+    session = FakeSession()
+    record = await run(session, method=[action()])
+    assert (record.ending, record.reason) == ("PASSED", "")
+    assert session.target.done == ["kill actor-0"]
+    assert record.actions[0].target == "actor-0/g1"
+    assert record.actions[0].injected_s is not None
+    assert record.actions[0].recovered_s is not None
+    assert record.metrics["failed"] == 0
+    assert record.control_ms == [10.0] * 4
+    assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+async def test_nothing_is_struck_when_the_steady_state_is_not_met() -> None:
+    session = FakeSession(failures=[1])
+    record = await run(session, method=[action()])
+    assert record.ending == "BASELINE_NOT_MET"
+    assert session.target.done == []
+
+
+async def test_a_cluster_that_is_not_whole_is_no_steady_state() -> None:
+    session = FakeSession(lack="7 of 8 actors")
+    record = await run(session, method=[action()])
+    assert (record.ending, record.reason) == ("BASELINE_NOT_MET", "7 of 8 actors")
+    assert session.target.done == []
+
+
+async def test_a_method_beyond_the_blast_radius_strikes_nobody() -> None:
+    session = FakeSession()
+    record = await run(session, method=[action("lose_gpu", "gpu")])
+    assert record.ending == "BAD_SCENARIO"
+    assert "limits.actors: 2 would be struck and 1 are allowed" in record.reason
+    assert session.target.done == []
+
+
+async def test_a_deviation_afterwards_fails_the_run() -> None:
+    record = await run(FakeSession(failures=[0, 1]), method=[action()])
+    assert record.ending == "DEVIATED"
+    assert record.reason.startswith("after: availability")
+
+
+async def test_a_guard_ends_the_run_and_what_was_stopped_goes_on() -> None:
+    session = FakeSession(failures=[0, *[4] * 1000])
+    steady = {"title": "s", "probes": [{"name": "availability", "tolerance": ">= 0.5", "mode": "continuous"}]}
+    record = await run(session, method=[action("stop_actor")], observe_s=30.0, **{"steady-state-hypothesis": steady})
+    assert record.ending == "ABORTED"
+    assert session.target.done == ["stop actor-0", "resume actor-0"]
+
+
+@pytest.mark.parametrize("fault", ["stop_actor", "stuck_compute", "nan_weights"])
+async def test_an_interrupt_heals_before_it_ends(fault: str) -> None:
+    session = FakeSession()
+
+    async def interrupt(repetition: Repetition) -> None:
+        await until(lambda: bool(session.target.done))
+        repetition.interrupt("SIGTERM")
+
+    record = await run(session, interrupt, method=[action(fault)], observe_s=30.0)
+    assert (record.ending, record.reason) == ("INTERRUPTED", "SIGTERM")
+    assert session.target.stopped == set()
+    assert not any(session.target.playing.values())
+
+
+async def test_an_injection_that_fails_half_way_is_undone() -> None:
+    session = FakeSession(target=FakeCluster(refuses="stuck_compute"))
+    record = await run(session, method=[action("stuck_compute")])
+    assert record.ending == "DEVIATED"
+    assert "not injected" in record.reason
+    assert "heal actor-0" in session.target.done
+
+
+async def test_a_cancelled_run_heals_all_the_same() -> None:
+    session = FakeSession()
+    repetition = Repetition(scenario_file(method=[action("stop_actor")], observe_s=30.0), cast("Session", session), 0, seed=1)
+    task = asyncio.create_task(repetition.run())
+    await until(lambda: bool(session.target.done))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert session.target.done == ["stop actor-0", "resume actor-0"]
+
+
+async def test_an_error_of_our_own_ends_the_run_and_heals() -> None:
+    session = FakeSession()
+
+    def broken(_begin_s: float) -> float:
+        message = "bug"
+        raise ValueError(message)
+
+    session.distrust_s = broken  # type: ignore[method-assign]
+    record = await run(session, method=[action("stop_actor")], observe_s=30.0)
+    assert (record.ending, record.reason) == ("INTERRUPTED", "ValueError: bug")
+    assert session.target.done == ["stop actor-0", "resume actor-0"]
+
+
+async def test_a_control_run_strikes_nobody_and_passes() -> None:
+    session = FakeSession()
+    record = await run(session)
+    assert record.ending == "PASSED"
+    assert session.target.done == []
