@@ -91,7 +91,7 @@ class Session:
         sample = self.watcher.look()
         if sample is None:
             return "the router does not answer"
-        serving = {incarnation for copies in (*sample.replicas.values(), *sample.shadows.values()) for incarnation in copies}
+        serving = {incarnation for copies in sample.replicas.values() for incarnation in copies}
         down = sorted(incarnation for incarnation in serving if sample.links.get(incarnation) != READY)
         return f"the router's link to {down[0]} is {sample.links.get(down[0], 'gone')}" if down else ""
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Final, NoReturn
 
 from cluster.core.errors import MessageTooLarge, Overloaded
+from router_service.core.hope import check_hope
 
 MAX_WAITING: Final = 4096
 MAX_LIARS: Final = 1024
+RATE_SAMPLES: Final = 64
+FEW_REQUESTS: Final = 8
 
 
 class ByteLease:
@@ -113,15 +117,29 @@ class ByteBudget:
 
 
 class RequestLimit:
-    """At most `limit` requests at once; one more is refused at once, because the byte budget is where waiting happens."""
+    """At most `limit` requests at once; one more is refused at once, because the byte budget is where waiting happens.
 
-    def __init__(self, limit: int, *, name: str = "router.max_concurrent_requests") -> None:
+    How fast requests end of late says whether another one will be answered in time: one that will not is refused before its message is read.
+    """
+
+    def __init__(self, limit: int, *, name: str = "router.max_concurrent_requests", clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
         self.count = 0
         self._name = name
+        self._clock = clock
+        self._ended_s: deque[float] = deque(maxlen=RATE_SAMPLES)
 
-    def enter(self) -> None:
-        """Take a place. Raises Overloaded when there is none."""
+    @property
+    def ended_per_s(self) -> float:
+        """Requests that ended per second while others waited; 0 while that is not known."""
+        if len(self._ended_s) < RATE_SAMPLES // 2:
+            return 0.0
+        return (len(self._ended_s) - 1) / max(self._ended_s[-1] - self._ended_s[0], 1e-6)
+
+    def enter(self, left_s: float | None = None) -> None:
+        """Take a place. Raises Overloaded when there is none, or when `left_s` until the deadline will hardly do."""
+        if left_s is not None and self.count > FEW_REQUESTS:
+            check_hope(self.count + 1, self.ended_per_s, left_s, what="requests")
         if self.count >= self.limit:
             message = f"the router works on {self.count} requests already ({self._name} = {self.limit}); try again later"
             raise Overloaded(message, retry_after_s=0.1)
@@ -130,6 +148,10 @@ class RequestLimit:
     def leave(self) -> None:
         """Give the place back."""
         self.count -= 1
+        if self.count:
+            self._ended_s.append(self._clock())
+        else:
+            self._ended_s.clear()
 
 
 class Liars:

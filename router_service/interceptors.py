@@ -185,7 +185,7 @@ class _Call:
         places, lease = None, None
         try:
             if self._door.places is not None:
-                self._door.places.enter()
+                self._door.places.enter(context.time_remaining())
                 places = self._door.places
             if self._admission.liars and self._caller(context) in self._admission.liars:
                 self._declared = None

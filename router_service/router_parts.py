@@ -190,6 +190,7 @@ def _lanes(config: RouterConfig, secrets: RouterSecrets, watch: ActorHealth) -> 
         max_frame_bytes=link.max_frame_bytes,
         max_tokens_per_frame=actors.max_tokens_per_frame,
         frames_in_flight=actors.frames_in_flight,
+        min_overlapping_tokens=actors.min_overlapping_tokens,
         connect_timeout_s=link.connect_timeout_s,
         heartbeat_s=link.heartbeat_s,
     )

@@ -24,6 +24,12 @@ class Load:
         return self.tokens_per_s.get(expert, 0.0)
 
 
+def faded(load: Load, now_s: float) -> Load:
+    """The rates as of now, when nothing was reported since: routers that are gone report nothing more."""
+    fade = 0.5 ** (max(0.0, now_s - load.at_s) / HALF_LIFE_S)
+    return Load(now_s, {expert: rate * fade for expert, rate in load.tokens_per_s.items() if rate * fade >= MIN_TOKENS_PER_S})
+
+
 def with_window(load: Load, tokens: Mapping[ExpertId, int], window_s: float, now_s: float) -> Load:
     """Fold in one router's counts over `window_s` seconds. Windows of zero or negative length are ignored."""
     if window_s <= 0:

@@ -228,7 +228,7 @@ def _choose(copy: CopyId, homes: Sequence[str], ready: Sequence[ActorView], publ
 
     ranked = sorted(ready, key=rank)
     chosen, others = ranked[: len(homes)], ranked[len(homes) :]
-    is_settling = any(view.is_settling for view in chosen)
+    is_settling = any(view.is_settling or view.is_outdated for view in chosen)
     return [*chosen, *(view for view in others if (view.doubt or is_settling) and Held(view.incarnation, copy) in published)]
 
 
@@ -281,7 +281,10 @@ def let_go(
         routers: those that run; each must know a table without a copy before it is drained.
         unknown: wanted models whose manifest is not known yet; nothing of theirs is let go of.
     """
-    kept = set(draft.held()) | set(memory.published.held())
+    published = set(draft.held())
+    kept = published | set(memory.published.held())
+    silent = {view.incarnation for view in actors.values() if view.is_outdated or view.doubt or view.life is not Life.READY}
+    doubtful = {held.copy for held in published if held.incarnation in silent} - {held.copy for held in published if held.incarnation not in silent}
     actions: list[CopyAction] = []
     for view in actors.values():
         if view.life is not Life.READY or view.is_outdated:
@@ -290,7 +293,10 @@ def let_go(
         drain = tuple(
             slot.copy
             for slot in slots
-            if slot.state is SlotState.READY and Held(view.incarnation, slot.copy) not in kept and _is_known(view, slot.copy, memory, now_s, routers)
+            if slot.state is SlotState.READY
+            and slot.copy not in doubtful  # those that are published may be gone: this one may be the last
+            and Held(view.incarnation, slot.copy) not in kept
+            and _is_known(view, slot.copy, memory, now_s, routers)
         )
         release = tuple(slot.copy for slot in slots if slot.state in (SlotState.DRAINING, SlotState.FAILED))
         if drain:

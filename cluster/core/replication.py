@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from cluster.core.health import Health
 from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.lifecycle import ActorView
-from cluster.core.load import Load
+from cluster.core.load import Load, faded
 from cluster.core.placement import Layout
 from cluster.core.spec import ReplicationSpec
 from cluster.core.table_draft import TableDraft
@@ -46,6 +46,7 @@ def next_heat(heat: Heat, spec: ReplicationSpec, table: TableDraft, load: Load, 
     """Judge one more window. Cheap where nothing is hot: only experts above their layer's threshold are looked at closely."""
     if not spec.enabled:
         return Heat(now_s)
+    load = faded(load, now_s)
     shares = _shares(load, table)
     experts: dict[ExpertId, Warmth] = {}
     for expert in {*heat.experts, *(expert for expert, share in shares.items() if share >= spec.hot_share)}:

@@ -69,6 +69,10 @@ class ActorsSpec(_Section):
     memory_bytes: PositiveInt | None = Field(None, description="device memory an actor may fill; default: its share of what is free")
     max_tokens_per_frame: PositiveInt = 4096
     frames_in_flight: PositiveInt = Field(2, description="frames a router may have under way in one actor; more rows wait and merge")
+    min_overlapping_tokens: NonNegativeInt = Field(
+        96,
+        description="a router sends a frame beside another one only with so many rows; fewer wait and merge: experts read their weights once",
+    )
     start_parallelism: PositiveInt = Field(2, description="actor processes started at a time")
     start_timeout_s: PositiveFloat = 120.0
     drain_timeout_s: PositiveFloat = 10.0

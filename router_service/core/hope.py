@@ -16,12 +16,12 @@ MIN_RETRY_AFTER_S: Final = 0.01
 MAX_RETRY_AFTER_S: Final = 5.0
 
 
-def check_hope(num_rows: int, rows_per_s: float, left_s: float) -> None:
+def check_hope(number: int, per_s: float, left_s: float, *, what: str = "rows") -> None:
     """Raises Overloaded when so many rows, one's own the last of them, will hardly be computed in time. Without a rate nobody is turned away."""
-    if rows_per_s <= 0:
+    if per_s <= 0:
         return
-    wait_s = num_rows / rows_per_s
+    wait_s = number / per_s
     if wait_s <= MAX_SHARE * left_s:
         return
-    message = f"{num_rows} rows would take about {wait_s:.2f} s and {left_s:.2f} s are left of the deadline; try again later, or allow more time"
+    message = f"{number} {what} would take about {wait_s:.2f} s and {left_s:.2f} s are left of the deadline; try again later, or allow more time"
     raise Overloaded(message, retry_after_s=min(max(wait_s - MAX_SHARE * left_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S))

@@ -18,7 +18,8 @@ from router_service.core.segments import SegmentReply, SegmentRequest
 from router_service.core.trust import Rank
 from router_service.core.verdicts import Clear, Eject, State, Verdict
 
-ILL_MEMORY_S = 2.0  # the longest that a cold compute thread may take before it is accused, and a little
+ILL_MEMORY_S = 1.0
+DROP_MEMORY_S = 2.0  # the longest that a cold compute thread may take before it is accused, and a little
 NODE_WINDOW_S = 0.19
 DEAD_S = 0.25
 DEADLINE_SLACK_S = 0.02
@@ -54,6 +55,7 @@ class Rules(Recorder):
         self.num_ejections = self.num_shadow_answers = 0
         self.ejected_s: dict[str, dict[SimActor, float]] = defaultdict(dict)
         self.is_out: set[str] = set()
+        self.over: dict[tuple[object, ExpertId], set[int]] = defaultdict(set)
         self.outcomes: dict[int, str] = {}
         self.paused_s = 0.0
         self.epoch = 0
@@ -84,9 +86,10 @@ class Rules(Recorder):
             return  # a witness in a case of wrong numbers
         if request.attempt == 0:
             self.asked_of[request.flow, request.expert] = []  # a flow's number may have been another's before
+            self.over[request.flow, request.expert] = set()
         before = self.asked_of[request.flow, request.expert]
         self.require(all(one.copy != copy for one in before), "no copy is asked twice for the same rows", request.expert, copy)
-        lives = {one.copy.incarnation for one in before}
+        lives = {one.copy.incarnation for one in before if one.attempt not in self.over[request.flow, request.expert]}
         self.require(not request.is_hedge or copy.incarnation not in lives, "a hedge goes to another actor", request.expert, copy)
         self.require(request.attempt == len(before), "attempts are numbered", request.expert, request.attempt)
         before.append(request)
@@ -112,6 +115,7 @@ class Rules(Recorder):
 
     def ended(self, request: SegmentRequest, outcome: SegmentReply | MoeError) -> None:
         self.note("end", request.expert, request.copy.incarnation, request.attempt, type(outcome).__name__)
+        self.over[request.flow, request.expert].add(request.attempt)
         if isinstance(outcome, SegmentReply):
             self.check_answer(request, outcome)
 
@@ -151,8 +155,12 @@ class Rules(Recorder):
         self.num_ejections += 1
         since_s = self.world.loop.time() - ILL_MEMORY_S
         neighbours = [other for other in self.world.actors.values() if other.node_id == actor.node_id]
-        is_excused = actor.was_ill_since(since_s) or sum(other.was_ill_since(since_s) for other in neighbours) > 1
+        is_excused = self.may_be_accused(actor, since_s) or sum(self.may_be_accused(other, since_s) for other in neighbours) > 1
         self.require(is_excused, "nobody is ejected without a fault", verdict.actor, verdict.evidence)
+
+    def may_be_accused(self, actor: SimActor, since_s: float) -> bool:
+        """Whether it was ill since, or kept an answer back shortly before: that is noticed late, the later if the router pauses meanwhile."""
+        return actor.was_ill_since(since_s) or actor.dropped_s >= since_s - DROP_MEMORY_S - self.paused_s
 
     def _check_nodes(self, ejections: Sequence[Eject]) -> None:
         """Two of a node (or of a GPU) lost or silent within the window take with them those that are as dead as they are."""

@@ -184,8 +184,12 @@ class World(Faults):
         for copy in request.table.copies_of(expert):
             actor = self.actors.of(copy.incarnation)
             is_allowed = copy.role is Role.REPLICA or not request.exact
-            is_known = copy in table.copies_of(expert) and self.actors.slot_state(copy.incarnation, _copy_id(expert, copy)) is SlotState.READY
-            if is_allowed and is_known and not actor.was_ill_since(since_s) and ill_nodes.count(actor.node_id) < 2:
+            is_known = (
+                copy in table.copies_of(expert)
+                and actor.is_linked_since(request.begun_s)
+                and self.actors.slot_state(copy.incarnation, _copy_id(expert, copy)) is SlotState.READY
+            )
+            if is_allowed and is_known and not self.rules.may_be_accused(actor, since_s) and ill_nodes.count(actor.node_id) < 2:
                 return f"{copy.incarnation} as {copy.role.name}"
         return ""
 

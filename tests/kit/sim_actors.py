@@ -74,7 +74,7 @@ class SimActor:
         self.late_s = 0.0
         self.slow_s = LONG_AGO_S  # when it last was slow
         self.is_quiet = False  # its answers and Pongs are held up on the way
-        self.ill_s = LONG_AGO_S
+        self.ill_s = self.dropped_s = LONG_AGO_S
         self.busy_until_s: float | None = None
         self._held: list[Callable[[], None]] = []
         self._unread_pings: list[tuple[SimLink, int]] = []
@@ -88,6 +88,10 @@ class SimActor:
 
     def was_ill_since(self, since_s: float) -> bool:
         return self.is_ill or self.ill_s >= since_s
+
+    def is_linked_since(self, since_s: float) -> bool:
+        """Whether a router's link was there all along: one that is made anew takes no rows meanwhile."""
+        return any(link.phase is LinkPhase.READY and link.opened_s <= since_s for link in self.links)
 
     def stop(self) -> None:
         """The whole process stands still."""
@@ -148,7 +152,7 @@ class SimActor:
             self._deliver(job.link, lambda: job.link.on_result(forged, memoryview(bytes(len(body)))), due_s - HOP_S / 2)
         if self.num_to_drop > 0:
             self.num_to_drop -= 1
-            self.ill_s = self.loop.time()
+            self.ill_s = self.dropped_s = self.loop.time()
         else:
             self._deliver(job.link, lambda: job.link.on_result(result, memoryview(body)), due_s + self.late_s)
             if self.num_to_double > 0:
@@ -220,6 +224,7 @@ class SimLink:
         self.last_heard_age_s = 0.0
         self.bytes_sent = self.bytes_received = 0
         self._num_pings = 0
+        self.opened_s = actor.loop.time()
         actor.links.append(self)
 
     def send(self, frame: Forward | Cancel | Warm, buffers: Iterable[memoryview] = ()) -> None:

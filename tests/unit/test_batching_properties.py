@@ -44,11 +44,15 @@ class LaneMachine(RuleBasedStateMachine):
         made = offer(num_rows, index=index, deadline_s=self.now_s + life_s, flow=flow, dim=4 + 4 * (index % 2))
         try:
             run_id = self.lane.offer(made, self.now_s)
-        except Overloaded:
-            assert self.budget.queued_tokens + num_rows > self.budget.max_queued_tokens
+        except Overloaded as refused:
+            self.refused_for(str(refused), num_rows, life_s)
             return
         self.offers[run_id] = made
         self.got[run_id] = []
+
+    def refused_for(self, words: str, num_rows: int, life_s: float) -> None:
+        is_full = self.budget.queued_tokens + num_rows > self.budget.max_queued_tokens
+        assert is_full or (self.lane.pending_tokens and life_s < 1000.0 and "left of the deadline" in words)
 
     @rule()
     def send(self) -> None:
