@@ -73,6 +73,9 @@ def load_weights(blob: StoredBlob, device: torch.device) -> ExpertWeights:
 @torch.no_grad()
 def expert_forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) -> Tensor:
     """One expert's output [T, D] for rows [T, D] of its own element type; `multiply` takes rows and a matrix, as `linear` does."""
+    if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and x_TD.dtype is not torch.float32:
+        # A single row takes another kernel, whose bits differ from those of the same row among others; two rows cost hardly more than one.
+        return expert_forward(x_TD.repeat(2, 1), weights, multiply)[:1]
     first = "gate_up" if weights.descriptor.gated else "up"
     hidden_TF = _activate(_linear(x_TD, weights.tensors, first, multiply), weights.descriptor)
     return _linear(hidden_TF, weights.tensors, "down", multiply)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cluster.core.descriptors import DType
 from cluster.core.errors import MoeError, ReplicaCorrupt, ReplicaError, ReplicaUnavailable
-from cluster.core.ids import ExpertId
+from cluster.core.ids import ExpertId, Role
 from cluster.core.routing_table import RoutingTable, TableCopy
 from cluster.telemetry.tracing import Tracing
 from router_service.core.balance import pick_copy
@@ -80,6 +80,12 @@ class Hedging:
 
     lateness: Lateness
     budget: HedgeBudget
+    min_shadow_delay_s: float = 0.0
+
+    def charge(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
+        """Whether rows that have been under way for so long may be sent to this other copy, too; if so they are charged."""
+        is_due = other.role is Role.REPLICA or late_s >= self.min_shadow_delay_s
+        return is_due and self.budget.take(num_rows)
 
 
 class Dispatcher:
@@ -185,11 +191,10 @@ class _UnderWay:
         for number, part in enumerate(self._flight.parts):
             if not self._flight.can_hedge(number):
                 continue
-            attempt = next(iter(part.live))
-            delay_s = hedging.lateness.delay_s(part.rows.num_rows)
-            if now_s - self._sent_s[number, attempt] < delay_s:
+            late_s = now_s - self._sent_s[number, next(iter(part.live))]
+            if late_s < hedging.lateness.delay_s(part.rows.num_rows):
                 continue
-            if (order := self._flight.hedge(number, hedging.budget.take)) is not None:
+            if (order := self._flight.hedge(number, partial(hedging.charge, late_s))) is not None:
                 self._send([order])
         self._watch()
 

@@ -181,7 +181,7 @@ def _hedging(spec: ClusterSpec) -> Hedging | None:
     if not wanted.enabled:
         return None
     burst_rows = 2 * spec.actors.frames_in_flight * spec.actors.max_tokens_per_frame
-    return Hedging(Lateness(wanted.quantile, wanted.min_delay_s), HedgeBudget(wanted.budget_fraction, burst_rows))
+    return Hedging(Lateness(wanted.quantile, wanted.min_delay_s), HedgeBudget(wanted.budget_fraction, burst_rows), wanted.min_shadow_delay_s)
 
 
 def _lanes(config: RouterConfig, secrets: RouterSecrets, watch: ActorHealth) -> Lanes:

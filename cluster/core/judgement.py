@@ -17,6 +17,7 @@ from cluster.core.status import FleetObservation, SlotState
 from cluster.core.table_draft import Held
 
 REPAIR_LIMIT_S = 5.0
+CALM_S = 2.0
 
 
 def judge(spec: ClusterSpec, memory: Memory, status: FleetObservation, health: Health) -> tuple[Memory, list[str]]:
@@ -38,12 +39,19 @@ def judge(spec: ClusterSpec, memory: Memory, status: FleetObservation, health: H
 
 
 def with_exactness(memory: Memory, actors: Mapping[str, ActorView], wanted: Collection[CopyId], now_s: float) -> tuple[Memory, bool]:
-    """Note since when some expert has had no full copy that may be trusted, and whether free slots are taking it: for a moment, all else waits for that."""
+    """Note since when some expert has had no full copy that may be trusted, and whether free slots are taking it: for a moment, all else waits for that.
+
+    And CALM_S longer: a process that starts takes seconds of a core from those who answer, just when requests have been held up.
+    """
     trusted = {slot.copy for view in actors.values() if view.stays for slot in view.slots if slot.state is SlotState.READY}
     trusted -= {held.copy for held in memory.accused if not _is_elsewhere(held, actors)}
     num_lacking = sum(1 for copy in wanted if copy.role is Role.REPLICA and copy not in trusted)
     if not num_lacking:
-        return memory if memory.inexact_since_s is None else replace(memory, inexact_since_s=None), False
+        calm_s = now_s if memory.inexact_since_s is not None else memory.calm_since_s
+        is_settling = calm_s is not None and now_s - calm_s < CALM_S
+        if (memory.inexact_since_s, memory.calm_since_s) == (None, calm_s if is_settling else None):
+            return memory, is_settling
+        return replace(memory, inexact_since_s=None, calm_since_s=calm_s if is_settling else None), is_settling
     since_s = now_s if memory.inexact_since_s is None else memory.inexact_since_s
     num_free = sum(view.report.num_free_slots for view in actors.values() if view.takes_copies and view.report is not None)
     num_loading = sum(1 for view in actors.values() if view.stays for slot in view.slots if slot.state is SlotState.LOADING)

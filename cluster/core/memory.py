@@ -132,6 +132,7 @@ class Memory:
     seen_faults: frozenset[tuple[str, int]] = frozenset()
     further: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
     inexact_since_s: float | None = None
+    calm_since_s: float | None = None
 
     def has_stored(self, node_id: str, copy: CopyId) -> bool:
         """Whether a copy's blob is known to lie in a node's store."""

@@ -16,6 +16,7 @@ from router_service.core.dispatch import ExpertRows
 
 MAX_ATTEMPTS = 8
 Pick = Callable[[int, Sequence[TableCopy]], TableCopy | None]
+Charge = Callable[[int, TableCopy], bool]
 
 
 class Why(StrEnum):
@@ -103,13 +104,16 @@ class Flight:
         part = self.parts[number]
         return not part.has_ended and len(part.live) == 1 and len(part.tried) < MAX_ATTEMPTS
 
-    def hedge(self, number: int, charge: Callable[[int], bool] = lambda _: True) -> Send | None:
-        """Ask another copy as well, because the first is late. None when no other actor has one, or `charge(rows)` refuses; the first is waited for then."""
+    def hedge(self, number: int, charge: Charge = lambda _, __: True) -> Send | None:
+        """Ask another copy as well, because the first is late.
+
+        None when no other actor has one, or `charge(number of rows, copy)` refuses; the first is waited for then.
+        """
         if not self.can_hedge(number):
             return None
         part = self.parts[number]
         copy = self._pick(part.rows.index, part.tried)
-        if copy is None or any(copy.incarnation == other.incarnation for other in part.live.values()) or not charge(part.rows.num_rows):
+        if copy is None or any(copy.incarnation == other.incarnation for other in part.live.values()) or not charge(part.rows.num_rows, copy):
             return None
         return self._send(number, copy, Why.HEDGE)
 

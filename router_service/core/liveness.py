@@ -132,7 +132,11 @@ class Liveness:
         watch.is_linked = False
         if watch.state is State.EJECTED:
             return []
-        verdicts = self._take_pending() + self._eject(watch, "its link was lost", now_s, 0.0)
+        untold = [verdict for verdict in self._pending if verdict.actor == actor]
+        self._pending = [verdict for verdict in self._pending if verdict.actor != actor]
+        verdicts = self._eject(watch, "its link was lost", now_s, 0.0)
+        if untold and isinstance(untold[0], Readmit):
+            verdicts = []  # nobody was told that it was back
         self._casualties.note(watch, now_s - self._late_s, now_s - self._late_s, is_firm=True)
         return verdicts + self._eject_neighbours(watch, now_s)
 

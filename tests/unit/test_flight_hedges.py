@@ -28,7 +28,7 @@ def flight(*copies: TableCopy) -> Flight:
 def test_a_late_actor_is_not_hedged_with_its_own_shadow() -> None:
     charged: list[int] = []
     flown = flight(REPLICA, SHADOW_BESIDE_IT)
-    assert flown.hedge(0, lambda rows: bool(charged.append(rows)) or True) is None
+    assert flown.hedge(0, lambda rows, _: bool(charged.append(rows)) or True) is None
     assert charged == []
     assert flown.failed(0, 0, "faulted").copy == SHADOW_BESIDE_IT
 
@@ -36,12 +36,12 @@ def test_a_late_actor_is_not_hedged_with_its_own_shadow() -> None:
 def test_a_hedge_is_charged_by_its_rows_and_not_sent_when_refused() -> None:
     charged: list[int] = []
     flown = flight(REPLICA, ELSEWHERE)
-    assert flown.hedge(0, lambda rows: bool(charged.append(rows))) is None
+    assert flown.hedge(0, lambda rows, _: bool(charged.append(rows))) is None
     assert charged == [5]
-    assert flown.hedge(0, lambda _: True).copy == ELSEWHERE
+    assert flown.hedge(0, lambda _, __: True).copy == ELSEWHERE
 
 
 def test_nothing_is_charged_where_nobody_else_could_be_asked() -> None:
     charged: list[int] = []
-    assert flight(REPLICA).hedge(0, lambda rows: bool(charged.append(rows)) or True) is None
+    assert flight(REPLICA).hedge(0, lambda rows, _: bool(charged.append(rows)) or True) is None
     assert charged == []

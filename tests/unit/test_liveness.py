@@ -284,13 +284,22 @@ def test_links_that_flap_wait_longer_each_time() -> None:
         seen.tick()
 
 
-def test_what_is_still_to_be_told_comes_before_a_loss() -> None:
+def test_a_loss_overtakes_what_was_still_to_be_told() -> None:
     seen = Observed("n0/a", *OTHERS)
     seen.send("n0/a")
     seen.silent.add("n0/a")
     seen.wait(0.12)
     seen.answer("n0/a")
-    assert kinds(seen.lose("n0/a")) == ["Clear", "Eject"]
+    assert kinds(seen.lose("n0/a")) == ["Eject"]
+    assert seen.tick() == []
+
+
+def test_one_that_is_lost_again_before_anybody_heard_that_it_was_back_was_never_back() -> None:
+    seen = ejected_once()
+    seen.answer("n0/a")
+    assert seen.lose("n0/a") == []
+    assert seen.ejected() == {"n0/a"}
+    assert seen.wait(1.0) == []
 
 
 def test_an_actor_that_left_is_forgotten() -> None:

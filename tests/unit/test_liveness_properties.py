@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from router_service.core.liveness import Liveness
@@ -127,6 +127,7 @@ class Books:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(events, max_size=60))
+@example([("send", ACTORS[0]), ("wait", 0.25), ("answer", ACTORS[0]), ("lose", ACTORS[0])])
 def test_verdicts_follow_from_each_other_and_accuse_only_those_that_owe(steps: list[tuple[str, str | float]]) -> None:
     books = Books()
     for kind, what in steps:
