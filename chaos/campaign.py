@@ -109,7 +109,7 @@ async def run(campaign: Campaign, target: LocalTarget, report: Report) -> Outcom
     judged = judge(summary, scenario.assertions)
     ending = ending_of(records, judged)
     times = (start, datetime.now(UTC).isoformat(timespec="milliseconds"), round(time.monotonic() - begin_s, 3))
-    place = {"platform": platform.platform(), "node": platform.node()}
+    place = {"platform": f"{platform.system()} {platform.machine()}", "node": platform.node()}
     experiment = scenario.model_dump(mode="json", by_alias=True) | {"name": file.name, "digest": file.digest, "seed": campaign.seed}
     written = journal(experiment=experiment, records=records, judged=judged, summary=summary, ending=ending, times=times, place=place)
     return Outcome(records, summary, judged, ending, written, peak)

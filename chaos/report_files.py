@@ -73,7 +73,7 @@ def write_report(records: Sequence[Record], out: Path, *, source: Path) -> Path:
         "# Failover, measured",
         "",
         f"{len(records)} runs on {machine.get('cores', '?')} cores ({machine.get('platform', '')}), {records[0].started[:10]} to {records[-1].started[:10]}.",
-        f"Made by `make chaos`; this page by `moelastic chaos report {source} --out {out}`.",
+        f"Made by `make chaos`; this page by `moelastic chaos report {source} --out {source.parent}`.",
         "",
         CAPTION,
         "",

@@ -287,5 +287,5 @@ class Repetition:
             metrics={name: None if value is None else round(value, 4) for name, value in metrics.items()},
             affected_ms=struck,
             control_ms=quiet,
-            machine={"cores": os.cpu_count(), "platform": platform.platform(), "peak_rate": round(session.peak, 1)},
+            machine={"cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "peak_rate": round(session.peak, 1)},
         )

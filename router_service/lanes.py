@@ -45,6 +45,7 @@ class Lanes:
         self._rng = rng or Random()  # noqa: S311  (jitter, not a secret)
         self._watch = watch or NoWatch()
         self._lanes: dict[Incarnation, ActorLane] = {}
+        self._by_actor: dict[str, ActorLane] = {}
         self._leaving: dict[ActorLane, asyncio.Task[None]] = {}
         self._is_closed = False
 
@@ -57,6 +58,7 @@ class Lanes:
                 self._leave(lane, "the routing table no longer names this actor")
         if not self._is_closed:
             self._open_missing(wanted)
+        self._by_actor = {incarnation.actor_id: lane for incarnation, lane in self._lanes.items()}
 
     async def wait_until_settled(self, timeout_s: float) -> bool:
         """Wait until every link is ready or has failed once; False when the time was too short."""
@@ -103,7 +105,8 @@ class Lanes:
 
     def burden(self, actor_id: str) -> float:
         """About how long one more frame would take at this actor: what a balancer compares."""
-        return max((lane.burden for incarnation, lane in self._lanes.items() if incarnation.actor_id == actor_id), default=0.0)
+        lane = self._by_actor.get(actor_id)
+        return 0.0 if lane is None else lane.burden
 
     def status(self) -> list[LinkState]:
         """Every link of the table, ordered by incarnation."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from actors.expert_actor import ExpertActor
 from actors.expert_store import ExpertStore
 from cluster.control_service import ControlServer
 from cluster.core.descriptors import DType, Manifest
+from cluster.core.health import LinkReport, Wrong
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
 from cluster.core.launch import Launch, actor_config, router_config
 from cluster.core.link_frames import derive_link_key
@@ -56,6 +57,7 @@ class TableDesk:
     generation: int = 1
     table: RoutingTable | None = None
     lost: set[Incarnation] = field(default_factory=set)
+    wrong: list[Wrong] = field(default_factory=list)
     _newer: asyncio.Event = field(default_factory=asyncio.Event)
 
     def publish(self, table: RoutingTable) -> None:
@@ -66,8 +68,11 @@ class TableDesk:
     def register_router(self, generation: int, last_epoch: int) -> int:  # noqa: ARG002  (the controller's signature)
         return generation or 2
 
-    def report_health(self, router_id: str, epoch: int, lost: Collection[Incarnation], tokens: Mapping[ExpertId, int], window_s: float) -> int:  # noqa: ARG002
-        self.lost.update(lost)
+    def report_health(
+        self, _router_id: str, _epoch: int, links: Iterable[LinkReport], _tokens: Mapping[ExpertId, int], _window_s: float, wrong: Sequence[Wrong]
+    ) -> int:
+        self.lost.update(link.incarnation for link in links if not link.is_connected)
+        self.wrong += wrong
         return 0 if self.table is None else self.table.epoch
 
     async def wait_until_newer(self, epoch: int, *, timeout_s: float) -> RoutingTable | None:
@@ -186,7 +191,7 @@ class InProcessCluster:
     async def _publish(self) -> None:
         reports = [await actor.report() for actor in self.actors.values()]
         epoch = 1 if self._desk.table is None else self._desk.table.epoch + 1
-        self._desk.publish(table_of_reports(reports, self.manifests, epoch=epoch))
+        self._desk.publish(table_of_reports(reports, self.manifests, epoch=epoch, ladder=self.spec.models[0].ladder))
 
     async def _start_router(self) -> None:
         self.router = RouterActor(router_config(self.spec, self._launch, "router-0"), RouterSecrets(LINK_SECRET, CONTROL_TOKEN))
@@ -216,7 +221,7 @@ class InProcessCluster:
             await self._control.stop()
 
 
-def table_of_reports(reports: list[ActorReport], manifests: Mapping[str, Manifest], *, epoch: int) -> RoutingTable:
+def table_of_reports(reports: list[ActorReport], manifests: Mapping[str, Manifest], *, epoch: int, ladder: tuple[str, ...] = ("shadow",)) -> RoutingTable:
     """Every copy that is ready, and what is missing of each model."""
     copies: dict[ExpertId, tuple[TableCopy, ...]] = {copy.expert: () for manifest in manifests.values() for copy in wanted_copies(manifest)}
     for report in reports:
@@ -227,7 +232,7 @@ def table_of_reports(reports: list[ActorReport], manifests: Mapping[str, Manifes
     models = {}
     for name, manifest in manifests.items():
         missing = sum(not published for expert, published in copies.items() if expert.model == name)
-        models[name] = TableModel(name, manifest.digest, len(manifest.experts), missing)
+        models[name] = TableModel(name, manifest.digest, len(manifest.experts), missing, ladder)
     endpoints = {report.incarnation.actor_id: ActorEndpoint(report.incarnation, report.host, report.port, report.node_id, report.device) for report in reports}
     return RoutingTable(epoch, endpoints, copies, models)
 
@@ -241,6 +246,7 @@ def in_process_cluster(
     num_actors: int = 2,
     replicas: int = 1,
     shadow: ShadowSpec | None = None,
+    ladder: tuple[str, ...] = ("shadow",),
     trace_dir: Path | None = None,
     actor_spans: bool = False,
     router: Mapping[str, Any] | None = None,
@@ -256,7 +262,7 @@ def in_process_cluster(
     token_file.chmod(0o600)
     spec = ClusterSpec(
         name="in-process",
-        models=tuple(ModelSpec(name=name, path=path, dtype=dtype, replicas=replicas, shadow=shadow) for name, path in models.items()),
+        models=tuple(ModelSpec(name=name, path=path, dtype=dtype, replicas=replicas, shadow=shadow, ladder=ladder) for name, path in models.items()),
         actors=ActorsSpec(**{"count": num_actors, "device": "cpu", "memory_bytes": 1 << 30, **(actors or {})}),
         link=LinkSpec(host="127.0.0.1"),
         router=RouterSpec(**{"port": 0, **(router or {})}),
