@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, NotReady
+from cluster.core.ids import Role
 from cluster.core.routing_table import RoutingTable
 from cluster.telemetry.tracing import Tracing, current_traceparent
 from router_service.caller import tenant_of_call
@@ -150,6 +151,10 @@ class Pipeline:
         """Combine what was answered, with what the ladder has for what was not. Raises ExpertUnavailable with the rows that nothing serves."""
         call, chosen, job = planned.call, planned.chosen, planned.job
         weights_TK, place_TK, y_ND = chosen.weights_TK, job.order.place_TK, _outputs(planned)
+        if not call.want_plan and _is_all_exact(planned):
+            with self._tracing.span("moe.combine", parent=call.traceparent, attributes={"layer": call.layer, "tokens": chosen.ids_TK.shape[0]}):
+                reply_TD = combine(y_ND, place_TK, weights_TK).to(call.hidden_states.dtype)
+            return LayerReply(reply_TD, Report(exact=place_TK.size, epoch=job.table.epoch))
         ledger = Ledger(chosen.ids_TK, chosen.weights_TK.numpy(), chosen.dropped_TK)
         for index, reply in job.replies.items():
             ledger.answered(index, Answer(reply.version, reply.incarnation.generation, reply.role, reply.attempt))
@@ -164,6 +169,13 @@ class Pipeline:
                 ledger.stood_in(degraded.outcomes_TK, weights_TK.numpy(), fallbacks.versions_by_outcome)
             reply_TD = combine(y_ND, place_TK, weights_TK).to(call.hidden_states.dtype)
         return LayerReply(reply_TD, ledger.report(epoch=job.table.epoch, want_plan=call.want_plan))
+
+
+def _is_all_exact(planned: _Planned) -> bool:
+    """Whether every choice is some expert's, and a full-precision copy answered for each: the usual case, which needs no book-keeping by choice."""
+    job = planned.job
+    is_answered = len(job.replies) == len(job.order.experts) and job.order.rows_N.size == job.order.place_TK.size
+    return is_answered and all(reply.role is Role.REPLICA for reply in job.replies.values())
 
 
 def _outputs(planned: _Planned) -> torch.Tensor:

@@ -116,8 +116,17 @@ class HostedAgent:
         except OSError as error:
             return CommandReply(ok=False, error="CHECKPOINT_ERROR", message=f"{source}: {error.strerror} (as {dtype})")
 
-    async def import_experts(self, *, manifest: str, source: str, experts: Sequence[tuple[int, int]], shadows: Sequence[tuple[int, int]] = ()) -> CommandReply:
+    async def import_experts(
+        self,
+        *,
+        manifest: str,
+        source: str,
+        experts: Sequence[tuple[int, int]],
+        shadows: Sequence[tuple[int, int]] = (),
+        distrusted: Sequence[str] = (),
+    ) -> CommandReply:
         assert not shadows
+        assert not distrusted
         known = Manifest.model_validate_json(manifest)
         try:
             held = self._read(known.model.name, Path(source), None)
@@ -131,6 +140,9 @@ class HostedAgent:
 
     async def kill(self, pid: int, process_start_s: float) -> bool:
         return kill_process(pid, process_start_s)
+
+    async def gpu_faults(self) -> str:
+        return "[]"
 
     def _read(self, name: str, source: Path, expected: str | None) -> Manifest:
         manifest = Manifest.model_validate_json((source / "manifest.json").read_text())
