@@ -32,7 +32,7 @@ from cluster.core.launch import Launch, actor_config, router_config
 from cluster.core.link_frames import derive_link_key
 from cluster.core.placement import wanted_copies
 from cluster.core.routing_table import ActorEndpoint, RoutingTable, TableCopy, TableModel
-from cluster.core.spec import ActorsSpec, AuthSpec, ClusterSpec, ControlSpec, LinkSpec, ModelSpec, RouterSpec, ShadowSpec, TelemetrySpec
+from cluster.core.spec import ActorsSpec, AuthSpec, ClusterSpec, ControlSpec, HedgingSpec, LinkSpec, ModelSpec, RouterSpec, ShadowSpec, TelemetrySpec
 from cluster.core.status import ActorReport, SlotState
 from kit.waiting import wait_until
 from router_service.client import RouterClient
@@ -251,6 +251,7 @@ def in_process_cluster(
     actor_spans: bool = False,
     router: Mapping[str, Any] | None = None,
     actors: Mapping[str, Any] | None = None,
+    hedging: HedgingSpec | None = None,
 ) -> Iterator[InProcessCluster]:
     """A cluster that serves `models` (name: checkpoint folder) until the block ends. `root` takes the store and the token file.
 
@@ -266,6 +267,7 @@ def in_process_cluster(
         actors=ActorsSpec(**{"count": num_actors, "device": "cpu", "memory_bytes": 1 << 30, **(actors or {})}),
         link=LinkSpec(host="127.0.0.1"),
         router=RouterSpec(**{"port": 0, **(router or {})}),
+        hedging=hedging or HedgingSpec(),
         control=ControlSpec(host="127.0.0.1"),
         auth=AuthSpec(tokens={TENANT: token_file}, trusted_trace_tenants=frozenset({TENANT})),
         telemetry=TelemetrySpec(sampling_ratio=0.0 if trace_dir is None else 1.0, trace_dir=trace_dir, actor_spans=actor_spans),
