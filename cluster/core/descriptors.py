@@ -24,6 +24,8 @@ class DType(StrEnum):
     FP16 = "fp16"
     FP32 = "fp32"
 
+    __hash__ = str.__hash__  # enum's own is Python, and element types are in keys on the token path
+
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""

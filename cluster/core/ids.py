@@ -1,20 +1,22 @@
-"""The names of what a cluster is made of: experts, copies of experts, and incarnations of processes."""
+"""The names of what a cluster is made of: experts, copies of experts, and incarnations of processes.
+
+Named tuples, because they are keys on the token path: their hash and their equality are C's own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 DIGEST_BYTES = 32
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class ExpertId:
+class ExpertId(NamedTuple):
     """One feed-forward network of one model. `layer` is the decoder layer index, as the model counts it."""
 
     model: str
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # (in the place of tuple.index)
 
     def __str__(self) -> str:
         return f"{self.model}:{self.layer}/{self.index}"
@@ -36,9 +38,10 @@ class Role(IntEnum):
     REPLICA = 1
     SHADOW = 2
 
+    __hash__ = int.__hash__  # enum's own is Python, and roles are in keys on the token path
 
-@dataclass(frozen=True, order=True, slots=True)
-class CopyId:
+
+class CopyId(NamedTuple):
     """One version of one expert in one role: what a slot holds. `version` is the SHA-256 of its stored blob, in hex."""
 
     expert: ExpertId
@@ -49,8 +52,7 @@ class CopyId:
         return f"{self.expert}@{self.version[:12]}"
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Incarnation:
+class Incarnation(NamedTuple):
     """One life of an actor. Generations grow over the whole cluster, so no two lives are ever equal."""
 
     actor_id: str

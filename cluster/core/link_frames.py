@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from cluster.core.descriptors import DType
 from cluster.core.ids import Incarnation, Role
@@ -81,8 +81,7 @@ class Refusal:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Consecutive rows of a segment that belong to one request.
 
     `timeout_ms` is what was left of its time when the frame was sent; `epoch` is recorded, not compared.
@@ -94,15 +93,14 @@ class Run:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A frame's part for one copy of one expert: the unit of hedging, failure and provenance. Its rows are [num_rows, dim] of `dtype` in the body."""
 
     segment_id: int
     attempt: int
     model: str
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # (in the place of tuple.index)
     version: bytes
     role: Role
     dtype: DType
@@ -112,7 +110,7 @@ class Segment:
     @property
     def num_rows(self) -> int:
         """Rows over all runs."""
-        return sum(run.num_rows for run in self.runs)
+        return self.runs[0].num_rows if len(self.runs) == 1 else sum([run.num_rows for run in self.runs])
 
     @property
     def num_bytes(self) -> int:
@@ -133,11 +131,10 @@ class Forward:
     @property
     def body_bytes(self) -> int:
         """Bytes the body must have."""
-        return sum(segment.num_bytes for segment in self.segments)
+        return sum([segment.num_bytes for segment in self.segments])
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentResult:
+class SegmentResult(NamedTuple):
     """How one segment ended.
 
     With OK the body holds its rows in order, less the runs in `expired_runs` (indices), which were dropped before they were computed.
@@ -173,7 +170,7 @@ class Result:
     @property
     def body_bytes(self) -> int:
         """Bytes the body must have."""
-        return sum(segment.num_bytes for segment in self.segments)
+        return sum([segment.num_bytes for segment in self.segments])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cluster.core.errors import InvariantBroken, StaleTable
 from cluster.core.ids import ExpertId, Incarnation, Role
@@ -21,8 +22,7 @@ class ActorEndpoint:
     device: str = "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class TableCopy:
+class TableCopy(NamedTuple):
     """One copy of an expert that is loaded, verified and published."""
 
     incarnation: Incarnation

@@ -118,7 +118,7 @@ class FakeCluster:
             return replace(known, pid=known.pid + 10_000) if known == process else known
 
         actors = [
-            replace(actor, incarnation=replace(actor.incarnation, generation=actor.incarnation.generation + 100), process=later(actor.process))
+            replace(actor, incarnation=actor.incarnation._replace(generation=actor.incarnation.generation + 100), process=later(actor.process))
             if actor.process == process
             else actor
             for actor in self.found.actors

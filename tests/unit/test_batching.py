@@ -312,7 +312,7 @@ def test_a_result_that_cannot_belong_to_its_frame_is_refused(field: str) -> None
     good = result(next_frame(target).forward)
     wrong = {"segment_id": 99, "attempt": 1, "dim": 5, "dtype": DType.FP32, "num_rows": 1, "expired_runs": (7,)}[field]
     segment = good.segments[0]
-    values = {name: getattr(segment, name) for name in SegmentResult.__slots__} | {field: wrong}
+    values = {name: getattr(segment, name) for name in SegmentResult._fields} | {field: wrong}
     bad = Result(good.frame_id, 3, FrameStatus.OK, 0.0, 0.0, (SegmentResult(**values),))
     with pytest.raises(InvalidRequest):
         target.frame_done(bad, 1.0)
