@@ -161,7 +161,9 @@ class ExpertActor:
     def _sized(self, copies: Sequence[CopyId]) -> list[SizedCopy]:
         from actors.core.slots import SizedCopy
 
-        return [SizedCopy(copy, self._store.num_bytes(copy.version)) for copy in copies]
+        # What packing adds is known for certain only when it is done; until then it counts in full.
+        factor = {copy: 2 if self._config.layout == "packed" and copy.role is Role.REPLICA else 1 for copy in copies}
+        return [SizedCopy(copy, factor[copy] * self._store.num_bytes(copy.version)) for copy in copies]
 
     def _command(self, command: Callable[[ExpertRuntime], None]) -> CommandReply:
         if self._running is None:

@@ -21,6 +21,7 @@ from actors.core.abft import BlockSums
 from actors.core.codecs import PackedExpert, decode
 from actors.expert_blob import Array
 from actors.expert_slabs import SlabPlace, Slabs
+from actors.packed_matrix import multiply_packed, pack
 from actors.product_watch import current_watcher
 from cluster.core.descriptors import DType, ExpertDescriptor
 from cluster.core.errors import CheckpointError
@@ -41,7 +42,8 @@ _GROUPED_CAPABILITY = (8, 0)
 class ExpertWeights:
     """One expert ready to compute. `private_bytes` are those that this process alone holds; weights mapped from the store have none.
 
-    `checksums` of its matrices and `digests` of all tensors are taken when it is loaded, by whoever checks them later.
+    `checksums` of its matrices and `digests` of all tensors are taken when it is loaded, by whoever checks them later. `packed` are matrices that
+    products use in the place of those in `tensors`, with the same bits.
     """
 
     descriptor: ExpertDescriptor
@@ -51,6 +53,14 @@ class ExpertWeights:
     place: SlabPlace | None = None
     checksums: dict[str, BlockSums] = field(default_factory=dict)
     digests: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, Tensor] = field(default_factory=dict)
+
+
+def with_packed(weights: ExpertWeights) -> ExpertWeights:
+    """The same expert with its matrices packed, as far as this build and processor can; `num_bytes` and `private_bytes` then count them, too."""
+    packed = {name: found for name, tensor in weights.tensors.items() if (found := pack(tensor)) is not None}
+    num_bytes = sum(weights.tensors[name].nbytes for name in packed)
+    return replace(weights, packed=packed, num_bytes=weights.num_bytes + num_bytes, private_bytes=weights.private_bytes + num_bytes)
 
 
 def load_weights(blob: StoredBlob, device: torch.device) -> ExpertWeights:
@@ -77,8 +87,8 @@ def expert_forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = li
         # A single row takes another kernel, whose bits differ from those of the same row among others; two rows cost hardly more than one.
         return expert_forward(x_TD.repeat(2, 1), weights, multiply)[:1]
     first = "gate_up" if weights.descriptor.gated else "up"
-    hidden_TF = _activate(_linear(x_TD, weights.tensors, first, multiply), weights.descriptor)
-    return _linear(hidden_TF, weights.tensors, "down", multiply)
+    hidden_TF = _activate(_linear(x_TD, weights, first, multiply), weights.descriptor)
+    return _linear(hidden_TF, weights, "down", multiply)
 
 
 @torch.no_grad()
@@ -125,11 +135,12 @@ def _activate(hidden: Tensor, descriptor: ExpertDescriptor) -> Tensor:
     return (up_TF + descriptor.swiglu_up_offset) * (gate_TF * torch.sigmoid(gate_TF * descriptor.swiglu_alpha))
 
 
-def _linear(x: Tensor, tensors: Mapping[str, Tensor], name: str, multiply: Multiply) -> Tensor:
-    output = multiply(x, tensors[name])
+def _linear(x: Tensor, weights: ExpertWeights, name: str, multiply: Multiply) -> Tensor:
+    packed = weights.packed.get(name) if multiply is linear else None
+    output = multiply(x, weights.tensors[name]) if packed is None else multiply_packed(x, packed)
     if (watcher := current_watcher()) is not None:
-        watcher(x, tensors[name], output)
-    bias = tensors.get(f"{name}_bias")
+        watcher(x, weights.tensors[name], output)
+    bias = weights.tensors.get(f"{name}_bias")
     # Added on its own: a fused addition would round once less than the eager experts do.
     return output if bias is None else output + bias
 

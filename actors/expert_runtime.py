@@ -37,7 +37,7 @@ from actors.core.slots import (
     SlotTable,
 )
 from actors.device import device_label, measure_memory, self_test
-from actors.expert_layouts import ExpertWeights, load_weights
+from actors.expert_layouts import ExpertWeights, load_weights, with_packed
 from actors.frame_audit import FrameSampler
 from actors.frame_forward import FrameForward, GroupedForward, leave_process
 from actors.link_server import Progress
@@ -278,13 +278,16 @@ class ExpertRuntime:
     def _load_checked(self, blob: StoredBlob, device: torch.device) -> ExpertWeights:
         """Weights with what is needed to check them later, taken while they are known to be right."""
         weights = self._load(blob, device)
+        if self._config.layout == "packed" and blob.kind == "expert":
+            weights = with_packed(weights)
         weights.digests.update(digests_of(weights.tensors))
         if self._config.abft_fraction > 0:
             weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items() if tensor.dim() > 1})
         return weights
 
     def _on_wrong(self, weights: ExpertWeights) -> None:
-        """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again."""
+        """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again. Packed matrices are not used any more."""
+        weights.packed.clear()
         self._redigester.suspect(weights)
         self._workspace.discard(weights)
 

@@ -80,7 +80,7 @@ class SpoiltWeights:
             else:
                 _flip(tensors, fault)
             # Checksums and digests stay those of the right weights.
-            spoilt = replace(original, tensors=tensors, private_bytes=original.num_bytes, place=None)
+            spoilt = replace(original, tensors=tensors, private_bytes=original.num_bytes, place=None, packed={})
             self._spoilt[name_of(fault)] = _Spoilt(copy, original, spoilt)
             return spoilt
 

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from actors.expert_layouts import ExpertWeights, expert_forward, grouped_forward
 from actors.steady_forward import steady_forward
 
-Layout = Literal["auto", "mapped", "widened"]
+Layout = Literal["auto", "mapped", "packed", "widened"]
 GroupedForward = Callable[[Tensor, Sequence[ExpertWeights], Sequence[int]], Tensor]
 
 # Elements of a strip: 2 MiB in fp32, what a core's second-level cache holds. Half or twice as many were slower, or no faster.
@@ -36,10 +36,10 @@ _local = threading.local()
 
 
 def forward_of(layout: Layout, device: torch.device, *, deterministic: bool = False) -> GroupedForward:
-    """The forward of a device: `mapped` as the weights lie in the store, `widened` as above, `auto` the faster one in a trial of about 0.1 s."""
+    """The forward of a device: `mapped` and `packed` with the matrices an expert has, `widened` as above, `auto` the faster in a trial of about 0.1 s."""
     if deterministic:
         return steady_forward
-    if device.type != "cpu" or layout == "mapped" or (layout == "auto" and not widening_pays()):
+    if device.type != "cpu" or layout in {"mapped", "packed"} or (layout == "auto" and not widening_pays()):
         return grouped_forward
     return widened_forward
 

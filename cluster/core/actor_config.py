@@ -35,7 +35,7 @@ class ExpertActorConfig(_Config):
     memory_bytes: int | None = None
     device: str = "auto"
     deterministic: bool = False
-    layout: Literal["mapped", "widened", "auto"] = "mapped"
+    layout: Literal["mapped", "packed", "widened", "auto"] = "mapped"
     num_gpus: float = 0.0
     max_tokens_per_frame: int = 4096
     frames_in_flight: int = 2

@@ -61,9 +61,10 @@ class ActorsSpec(_Section):
     num_cpus: NonNegativeFloat = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(default=False, description="make a row's output bits independent of what shares its segment: fixed tiles of rows, slower")
-    layout: Literal["mapped", "widened", "auto"] = Field(
+    layout: Literal["mapped", "packed", "widened", "auto"] = Field(
         "mapped",
-        description="mapped: as stored; widened: bf16 rows by the hundred are summed in fp32 on the CPU, and their last bit may depend on how many they are;"
+        description="mapped: as stored; packed: also reordered for the CPU's bf16 kernels, which halves the time of few rows and doubles an expert's memory,"
+        " with the same bits; widened: bf16 rows by the hundred are summed in fp32 on the CPU, and their last bit may depend on how many they are;"
         " auto: whichever is faster in a trial at the start. `deterministic` goes before",
     )
     memory_bytes: PositiveInt | None = Field(None, description="device memory an actor may fill; default: its share of what is free")

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="how often each row takes its turn")
     parser.add_argument("--seconds", type=float, help="how long each turn is")
     parser.add_argument("--actors", type=int, help="expert actors; default: one for each core")
-    parser.add_argument("--layout", choices=("mapped", "widened", "auto"), help="actors.layout of our deployment")
+    parser.add_argument("--layout", choices=("mapped", "packed", "widened", "auto"), help="actors.layout of our deployment")
     parser.add_argument("--rows", help="comma-separated rows of the section `peers`, as its table names them")
     parser.add_argument("--cases", help="comma-separated CALLERSxTOKENS out of those that are known, as in 1x8,16x64")
     parser.add_argument("--smoke", action="store_true", help="tiny experts, one short round: whether it works, not how fast")

@@ -102,7 +102,7 @@ class Settings:
     leak_requests: int = 200_000
     overload_seconds: float = 6.0
     language_model: bool = True
-    layout: Literal["mapped", "widened", "auto"] = "mapped"
+    layout: Literal["mapped", "packed", "widened", "auto"] = "mapped"
 
 
 SMOKE = Settings(
