@@ -128,7 +128,7 @@ class Session:
         if sent is not None:
             found["rows_sent"] = sent / (self.layer.hidden_size * BF16_BYTES)
             found["rows_needed"] = float(sum(sum(request.outcomes[:2]) for request in requests if request.is_ok and request.end_s >= self._counted_s))
-        for name, series in (("redispatches", "moe_redispatches_total"), ("router_ejections", "moe_ejections_total"), ("hedges", "moe_hedges_total")):
+        for name, series in (("redispatches", "moe_redispatches_total"), ("router_ejections", "moe_ejections_total")):
             if (growth := grown(self._counters, after, series)) is not None:
                 found[name] = growth
         return found

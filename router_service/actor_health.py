@@ -84,15 +84,19 @@ class ActorHealth:
         """Whether another frame may go out now. Rows for an ejected actor come only where nobody else is left: they may try."""
         return self._liveness.may_send(lane.name) or self._liveness.state(lane.name) is State.EJECTED
 
-    def sent(self, lane: ActorLane, num_tokens: int) -> None:
+    def sent(self, lane: ActorLane, num_tokens: int, num_bytes: int) -> None:
         """A frame went out. One on trial gets no second one before its answer."""
+        if self._metrics is not None:
+            self._metrics.link_bytes("sent", num_bytes)
         self._liveness.sent(lane.name, num_tokens, self._loop.time())
         if not self._trust.is_calm and self._liveness.state(lane.name) is State.ON_TRIAL:
             self._trust.set_actor(lane.name, Rank.DOUBTFUL)
         self.hurry()
 
-    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
+    def answered(self, lane: ActorLane, num_tokens: int, num_bytes: int, took_s: float) -> None:
         """A frame's Result came."""
+        if self._metrics is not None:
+            self._metrics.link_bytes("received", num_bytes)
         self._liveness.answered(lane.name, num_tokens, took_s, self._loop.time())
 
     def heard(self, lane: ActorLane, progress: Pong) -> None:

@@ -215,7 +215,7 @@ class ActorLane:
                 waiter = self._waiters[piece.run_id]
                 waiter.sent_s = waiter.sent_s or now_s
             rows = [self._waiters[piece.run_id].rows[piece.start : piece.stop].data for piece in plan.pieces]
-            self._watch.sent(self, plan.num_tokens)
+            self._watch.sent(self, plan.num_tokens, plan.forward.body_bytes)
             assert self._link is not None  # noqa: S101  (else nothing may be sent)
             self._link.send(plan.forward, rows)
         for run_id in self._lane.expire(now_s):
@@ -236,21 +236,23 @@ class ActorLane:
         outcome = self._lane.frame_done(result, now_s)
         if outcome.num_tokens:
             self._pace.learn(outcome.took_s, now_s)
-            self._watch.answered(self, outcome.num_tokens, outcome.took_s)
-        for piece in outcome.rows:
-            self._deliver(piece, result, body, now_s)
+            self._watch.answered(self, outcome.num_tokens, len(body), outcome.took_s)
+        if outcome.rows:
+            received = np.frombuffer(body, np.uint8)
+            for piece in outcome.rows:
+                self._deliver(piece, result, received, now_s)
         for run_id, error in outcome.failed:
             self._fail(run_id, error)
         if self._lane.queued_tokens:
             self._pump_soon()
         self._settle()
 
-    def _deliver(self, piece: PieceRows, result: Result, body: memoryview, now_s: float) -> None:
+    def _deliver(self, piece: PieceRows, result: Result, body: Rows, now_s: float) -> None:
         """Rows in one piece are a view of the frame's body; those of a run that was cut are copied together."""
         waiter = self._waiters[piece.run_id]
-        shape = (piece.stop - piece.start, waiter.request.row_bytes)
-        rows = np.frombuffer(body, np.uint8, shape[0] * shape[1], piece.offset_bytes).reshape(shape)
-        if shape[0] == len(waiter.rows):
+        num_rows, row_bytes = piece.stop - piece.start, waiter.rows.shape[1]
+        rows = body[piece.offset_bytes : piece.offset_bytes + num_rows * row_bytes].reshape(num_rows, row_bytes)
+        if num_rows == len(waiter.rows):
             waiter.answer = rows
         else:
             if waiter.answer is None:

@@ -1,19 +1,17 @@
-"""The lanes as the pipeline sees them, with what passes through counted: rows by expert for the controller, bytes and retries for the metrics."""
+"""The lanes as the pipeline sees them, with what is asked of them counted: rows by expert for the controller, retries for the metrics."""
 
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
-from cluster.core.errors import MoeError
 from cluster.core.ids import ExpertId
 from cluster.telemetry.metrics import RouterMetrics
-from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
+from router_service.core.segments import OnEnd, SegmentRequest, Withdraw
 from router_service.dispatcher import LanesPort
 
 
 class CountedLanes:
-    """The lanes, with what passes through them counted: rows by expert since the last `take_loads`, and bytes."""
+    """The lanes, with what is asked of them counted: rows by expert since the last `take_loads`, and further tries."""
 
     def __init__(self, lanes: LanesPort, metrics: RouterMetrics, *, expert_series: bool = False) -> None:
         """`expert_series`: also as Prometheus series by expert, for operators (`telemetry.expert_load_series`)."""
@@ -31,13 +29,7 @@ class CountedLanes:
                 self._metrics.expert_tokens(expert.model, expert.layer, {expert.index: len(request.rows)})
         else:
             self._metrics.redispatched("hedge" if request.is_hedge else "failover")
-        return self._lanes.begin(request, partial(self._ended, on_end))
-
-    def _ended(self, on_end: OnEnd, outcome: SegmentReply | MoeError) -> None:
-        if isinstance(outcome, SegmentReply):
-            self._metrics.link_bytes("sent", outcome.bytes_sent)
-            self._metrics.link_bytes("received", outcome.bytes_received)
-        on_end(outcome)
+        return self._lanes.begin(request, on_end)
 
     def burden(self, actor_id: str) -> float:
         """About how long one more frame would take at an actor."""

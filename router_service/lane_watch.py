@@ -21,12 +21,12 @@ class LaneWatch(Protocol):
         """Whether another frame may go out now: one on trial gets one at a time."""
         ...
 
-    def sent(self, lane: ActorLane, num_tokens: int) -> None:
-        """A frame went out: the actor owes an answer."""
+    def sent(self, lane: ActorLane, num_tokens: int, num_bytes: int) -> None:
+        """A frame went out: the actor owes an answer. Bytes are those of its rows."""
         ...
 
-    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
-        """A frame's Result came."""
+    def answered(self, lane: ActorLane, num_tokens: int, num_bytes: int, took_s: float) -> None:
+        """A frame's Result came, with so many bytes of rows."""
         ...
 
     def heard(self, lane: ActorLane, progress: Pong) -> None:
@@ -52,10 +52,10 @@ class NoWatch:
         """Always."""
         return True
 
-    def sent(self, lane: ActorLane, num_tokens: int) -> None:
+    def sent(self, lane: ActorLane, num_tokens: int, num_bytes: int) -> None:
         """Ignored."""
 
-    def answered(self, lane: ActorLane, num_tokens: int, took_s: float) -> None:
+    def answered(self, lane: ActorLane, num_tokens: int, num_bytes: int, took_s: float) -> None:
         """Ignored."""
 
     def heard(self, lane: ActorLane, progress: Pong) -> None:

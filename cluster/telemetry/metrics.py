@@ -23,8 +23,10 @@ class RouterMetrics:
         self._ended: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._duration = Histogram("moe_request_duration_seconds", "From admission to reply", ["model", "layer"], registry=registry, buckets=_LATENCY_BUCKETS_S)
         self._choices = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
+        self._choice_series: dict[tuple[str, ...], Counter] = {}
+        self._token_series: dict[tuple[str, ...], Counter] = {}
         self._tokens = Counter("moe_tokens", "Tokens of requests that succeeded", ["model"], registry=registry)
-        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links", ["direction"], registry=registry)
+        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links, further tries and their losers among them", ["direction"], registry=registry)
         self._bytes_by_direction = {direction: self._bytes.labels(direction) for direction in ("sent", "received")}  # looked up once, counted often
         self._retries = Counter("moe_redispatches", "Segments sent again to another copy", ["reason"], registry=registry)
         self._ejections = Counter("moe_ejections", "Expert actors that get no rows because they were lost or made no progress", registry=registry)
@@ -67,9 +69,9 @@ class RouterMetrics:
         duration.observe(duration_s)
         for outcome, count in outcomes.items():
             if count:
-                self._choices.labels(model, outcome).inc(count)
+                _child(self._choice_series, self._choices, model, outcome).inc(count)
         if tokens:
-            self._tokens.labels(model).inc(tokens)
+            _child(self._token_series, self._tokens, model).inc(tokens)
 
     def link_bytes(self, direction: str, num_bytes: int) -> None:
         """Count row bytes; `direction` is `sent` or `received`."""
@@ -120,3 +122,11 @@ class RouterMetrics:
         if server is not None:
             server.shutdown()
             server.server_close()
+
+
+def _child(known: dict[tuple[str, ...], Counter], counter: Counter, *labels: str) -> Counter:
+    """The series of these labels: looked up once, counted often; as many as there are series."""
+    found = known.get(labels)
+    if found is None:
+        found = known[labels] = counter.labels(*labels)
+    return found
