@@ -136,13 +136,53 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
 
 
+class _Admitted:
+    """A call's place and bytes, held for a block. Written out, since a generator for each call costs more than all that it does."""
+
+    __slots__ = ("_call", "_context", "_is_stream", "_lease", "_places")
+
+    def __init__(self, call: _Call, context: Any, *, is_stream: bool) -> None:  # noqa: ANN401  (grpc's)
+        self._call = call
+        self._context = context
+        self._is_stream = is_stream
+        self._lease: ByteLease | None = None
+        self._places: RequestLimit | None = None
+
+    async def __aenter__(self) -> ByteLease:
+        places = self._call.door.places
+        try:
+            if places is not None:
+                places.enter(self._context.time_remaining())
+                self._places = places
+            self._lease = await self._call.admit(self._context, is_stream=self._is_stream)
+        except BaseException as error:
+            self._leave()
+            if isinstance(error, MoeError):
+                await self._call.end(self._context, error)
+            raise
+        return self._lease
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, MoeError):
+                await self._call.end(self._context, error)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+        if self._places is not None:
+            self._places.leave()
+
+
 class _Call:
     """One call of one method: admitted, read, handled, let go."""
 
     def __init__(self, admission: AdmissionInterceptor, method: str, declared: str | None, handler: Any) -> None:  # noqa: ANN401  (grpc's)
         self._admission = admission
         self._limits = admission.limits
-        self._door = admission.door(method)
+        self.door = admission.door(method)
         self._is_handled = False
         self._method = method
         self._declared = declared
@@ -176,30 +216,21 @@ class _Call:
             self._is_handled = True
             await self._pump(self._handler.stream_stream(self._messages(context, lease), context), context)
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, context: Any, *, is_stream: bool) -> AsyncIterator[ByteLease]:  # noqa: ANN401
-        """Hold a place and the bytes while the block runs. What goes wrong around the handler ends the call with its status here.
+    def _admitted(self, context: Any, *, is_stream: bool) -> _Admitted:  # noqa: ANN401
+        """Hold a place and the bytes while the block runs. What goes wrong around the handler ends the call with its status."""
+        return _Admitted(self, context, is_stream=is_stream)
 
-        A handler counts its own calls: what goes wrong after it, as a reply that nobody takes, is not counted again.
-        """
-        places, lease = None, None
-        try:
-            if self._door.places is not None:
-                self._door.places.enter(context.time_remaining())
-                places = self._door.places
-            if self._admission.liars and self._caller(context) in self._admission.liars:
-                self._declared = None
-            lease = await self._acquire(context, self._door.budget, self._declared_bytes(is_stream=is_stream))
-            yield lease
-        except MoeError as error:
-            if not self._is_handled:
-                self._admission.refused(self._method, error)
-            await abort(context, error)
-        finally:
-            if lease is not None:
-                lease.release()
-            if places is not None:
-                places.leave()
+    async def admit(self, context: Any, *, is_stream: bool) -> ByteLease:  # noqa: ANN401
+        """The bytes of this call. Raises MoeError for what is not let in."""
+        if self._admission.liars and self._caller(context) in self._admission.liars:
+            self._declared = None
+        return await self._acquire(context, self.door.budget, self._declared_bytes(is_stream=is_stream))
+
+    async def end(self, context: Any, error: MoeError) -> NoReturn:  # noqa: ANN401
+        """End the call with a status. A handler counts its own calls: what goes wrong after it, as a reply that nobody takes, is not counted again."""
+        if not self._is_handled:
+            self._admission.refused(self._method, error)
+        await abort(context, error)
 
     async def _acquire(self, context: Any, budget: ByteBudget, num_bytes: int) -> ByteLease:  # noqa: ANN401
         lease = budget.take(num_bytes)
@@ -216,11 +247,11 @@ class _Call:
     def _declared_bytes(self, *, is_stream: bool) -> int:
         text = self._declared
         if text is None:
-            return self._door.max_bytes
+            return self.door.max_bytes
         if not (text.isascii() and text.isdigit() and len(text) <= MAX_SIZE_DIGITS):
             message = f"metadata `{SIZE_KEY}` must be a number of bytes in decimal digits"
             raise InvalidRequest(message, field=SIZE_KEY)
-        limit = self._limits.max_inflight_bytes if is_stream else self._door.max_bytes
+        limit = self._limits.max_inflight_bytes if is_stream else self.door.max_bytes
         if int(text) > limit:
             name, remedy = ("router.max_inflight_bytes", "send fewer tokens at once") if is_stream else ("router.max_message_bytes", "use DispatchStream")
             message = f"the message has {int(text)} bytes, over the limit of {limit} ({name}); {remedy}"
@@ -230,7 +261,7 @@ class _Call:
     async def _message(self, context: Any, lease: ByteLease) -> Message:  # noqa: ANN401
         """The one request message; the lease then holds its true size."""
         # A small message comes at once or not at all; waiting for it keeps others from being read.
-        timeout_s = min(self._door.timeout_s, self._limits.idle_timeout_s) if self.is_small else self._door.timeout_s
+        timeout_s = min(self.door.timeout_s, self._limits.idle_timeout_s) if self.is_small else self.door.timeout_s
         raw = await self._read(context, lease, timeout_s)
         if raw is None:
             message = f"no whole message came: it was missing, or over the limit of {self._limits.max_message_bytes} bytes (router.max_message_bytes)"
@@ -247,7 +278,7 @@ class _Call:
     async def _read(self, context: Any, lease: ByteLease, timeout_s: float) -> bytes | None:  # noqa: ANN401
         """The next message. It may be as large as the transport allows while it is read, and must be no larger than what was admitted."""
         undeclared = self._limits.max_message_bytes - lease.num_bytes
-        unproven = await self._acquire(context, self._door.unproven, undeclared) if undeclared > 0 else None
+        unproven = await self._acquire(context, self.door.unproven, undeclared) if undeclared > 0 else None
         try:
             async with asyncio.timeout(timeout_s):
                 raw = await context.read()

@@ -94,21 +94,24 @@ class Pipeline:
         layer, table = self._resolve(call)
         is_large = call.hidden_states.nbytes > THREAD_BYTES
         num_choices = check_choices(call, layer.descriptor, self._limits.choices_per_request(layer.row_bytes))
+        num_bytes = num_choices * layer.row_bytes
+        self.budget.take(num_bytes)
         try:
-            with self.budget.hold(num_choices * layer.row_bytes):
-                async with asyncio.timeout_at(call.deadline_s):
-                    planned = await _compute(is_large, self._prepare, call, layer, table)
-                    lost = await self.dispatcher.run(planned.job)
+            async with asyncio.timeout_at(call.deadline_s):
+                planned = await _compute(is_large, self._prepare, call, layer, table)
+                lost = await self.dispatcher.run(planned.job)
+                reply = await _compute(is_large, self._finish, planned, lost)
+                while not is_finite(reply.hidden_states):
+                    found = await recheck(self.dispatcher, planned.job, lost)
+                    if found is None:
+                        raise not_finite(reply.hidden_states)
+                    lost = found
                     reply = await _compute(is_large, self._finish, planned, lost)
-                    while not is_finite(reply.hidden_states):
-                        found = await recheck(self.dispatcher, planned.job, lost)
-                        if found is None:
-                            raise not_finite(reply.hidden_states)
-                        lost = found
-                        reply = await _compute(is_large, self._finish, planned, lost)
-                    return reply
+                return reply
         except TimeoutError as error:
             raise _too_late() from error
+        finally:
+            self.budget.give_back(num_bytes)
 
     def _resolve(self, call: LayerCall) -> tuple[ServedLayer, RoutingTable]:
         table = self._table()

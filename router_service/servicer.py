@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any, Final, Protocol
 
 from cluster.core.descriptors import LayerDescriptor, ModelDescriptor
@@ -141,25 +142,28 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 raise NotReady(message)
             return table_message(table)
 
-    @contextlib.asynccontextmanager
-    async def _accounted(self, context: Any, request: pb.DispatchRequest | None = None) -> AsyncIterator[_Account]:  # noqa: ANN401
+    def _accounted(self, context: Any, request: pb.DispatchRequest | None = None) -> _Accounted:  # noqa: ANN401
         """Count the request of this block, trace it, and end its call with the status of whatever goes wrong in it."""
-        started_s = time.monotonic()
-        account = _Account(request_id="" if request is None else request.request_id)
+        return _Accounted(self, context, "" if request is None else request.request_id)
+
+    def begin(self, context: Any, account: _Account) -> contextlib.AbstractContextManager[Span]:  # noqa: ANN401
+        """A request begins, in this span."""
         self.num_in_flight += 1
         self._idle.clear()
+        span = self._span(context)
+        account.span = span.__enter__()
+        return span
+
+    async def end(self, context: Any, account: _Account, error: BaseException | None, took_s: float) -> None:  # noqa: ANN401
+        """A request ended: count it, and give its call the status of what went wrong."""
         try:
-            with self._span(context) as span:
-                account.span = span
-                account.deadline_s = self._deadline_s(context)
-                yield account
-            self._counters.succeeded(account, time.monotonic() - started_s)
-        except (asyncio.CancelledError, GeneratorExit):
-            self._counters.failed(account, "CANCELLED", time.monotonic() - started_s)
-            raise
-        except Exception as error:  # noqa: BLE001  (every error ends in a status)
-            self._counters.failed(account, code_of(error).name, time.monotonic() - started_s)
-            await abort(context, error, request_id=account.request_id)
+            if error is None:
+                self._counters.succeeded(account, took_s)
+            elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+                self._counters.failed(account, "CANCELLED", took_s)
+            elif isinstance(error, Exception):
+                self._counters.failed(account, code_of(error).name, took_s)
+                await abort(context, error, request_id=account.request_id)
         finally:
             self.num_in_flight -= 1
             if not self.num_in_flight:
@@ -173,7 +177,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         parent, links = (sent or None, ()) if is_trusted else (None, (sent,) if sent else ())
         return self._tracing.span("moe.request", kind="server", parent=parent, links=links, attributes={"rpc_system": "grpc"})
 
-    def _deadline_s(self, context: Any) -> float:  # noqa: ANN401
+    def deadline_s(self, context: Any) -> float:  # noqa: ANN401
+        """When a request must be answered, in the loop's clock. Raises NotReady while draining, DeadlineExceeded."""
         if self._is_draining():
             message = "this router is draining and takes no new requests; retry, another one or its successor will answer"
             raise NotReady(message)
@@ -229,6 +234,36 @@ class _Account(Account):
 
     deadline_s: float = 0.0
     span: Span = field(default_factory=Span)
+
+
+class _Accounted:
+    """A request, counted and traced for a block. Written out, since a generator for each request costs more than all that it does."""
+
+    __slots__ = ("_account", "_context", "_servicer", "_span", "_started_s")
+
+    def __init__(self, servicer: RouterServicer, context: Any, request_id: str) -> None:  # noqa: ANN401  (grpc's)
+        self._servicer = servicer
+        self._context = context
+        self._account = _Account(request_id=request_id)
+        self._started_s = 0.0
+        self._span: contextlib.AbstractContextManager[Span] | None = None
+
+    async def __aenter__(self) -> _Account:
+        self._started_s = time.monotonic()
+        self._span = self._servicer.begin(self._context, self._account)
+        try:
+            self._account.deadline_s = self._servicer.deadline_s(self._context)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self._account
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._span is not None:
+                self._span.__exit__(kind, error, trace)
+        finally:
+            await self._servicer.end(self._context, self._account, error, time.monotonic() - self._started_s)
 
 
 @contextlib.asynccontextmanager

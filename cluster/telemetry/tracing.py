@@ -60,6 +60,7 @@ class Span:
 
 
 _SILENT: Final = Span()
+_NOTHING: Final = contextlib.nullcontext(_SILENT)
 _current: ContextVar[Span] = ContextVar("moelastic_span", default=_SILENT)
 _in_trace: ContextVar[bool] = ContextVar("moelastic_in_trace", default=False)
 
@@ -119,7 +120,6 @@ class Tracing:
         """A tracer that records nothing."""
         return cls(service="", instance="", config=TelemetryConfig(sampling_ratio=0.0))
 
-    @contextlib.contextmanager
     def span(
         self,
         name: str,
@@ -128,12 +128,18 @@ class Tracing:
         parent: str | None = None,
         links: Sequence[str] = (),
         attributes: Mapping[str, AttributeValue] | None = None,
-    ) -> Iterator[Span]:
+    ) -> contextlib.AbstractContextManager[Span]:
         """Open a span: below `parent` (a traceparent) when given, else below the current one, else as a new root if the sampler says so.
 
         A given parent decides for its children: one that is not sampled silences them. An error that leaves the block marks the span failed.
         """
-        span = self._start(name, kind, parent, links, attributes or {})
+        if self._provider is None or (not parent and _in_trace.get() and not _current.get().is_recording):
+            return _NOTHING
+        return self._entered(name, kind, parent, links, attributes or {})
+
+    @contextlib.contextmanager
+    def _entered(self, name: str, kind: Kind, parent: str | None, links: Sequence[str], attributes: Mapping[str, AttributeValue]) -> Iterator[Span]:
+        span = self._start(name, kind, parent, links, attributes)
         inside, current = _in_trace.set(True), _current.set(span)
         try:
             yield span

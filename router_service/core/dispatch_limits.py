@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.core.errors import Overloaded
@@ -31,14 +29,13 @@ class DispatchBudget:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
 
-    @contextmanager
-    def hold(self, num_bytes: int) -> Iterator[None]:
-        """Hold bytes while the block runs. Raises Overloaded when they are not free."""
+    def take(self, num_bytes: int) -> None:
+        """Hold bytes until `give_back`. Raises Overloaded when they are not free."""
         if self.held_bytes + num_bytes > self.limit_bytes:
             message = f"rows on their way to experts fill the router's budget of {self.limit_bytes} bytes (router.max_dispatch_bytes); try again later"
             raise Overloaded(message, retry_after_s=_RETRY_AFTER_S)
         self.held_bytes += num_bytes
-        try:
-            yield
-        finally:
-            self.held_bytes -= num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """What was taken is free again."""
+        self.held_bytes -= num_bytes
