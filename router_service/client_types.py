@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.core.descriptors import DType
 from protos.moelastic.router.v1 import router_pb2 as pb
-from router_service.core.outcomes import Outcome, Plan
+from router_service.core.outcomes import OUTCOME_NAMES, Plan
 from router_service.wire import Layout, float_dtype, numpy_view
 
 
@@ -145,7 +145,7 @@ class RoutingTableInfo:
 
 def report_of(message: pb.RoutingReport) -> RoutingReport:
     """A report from its message."""
-    outcomes = {outcome.name.lower(): int(getattr(message, outcome.name.lower())) for outcome in Outcome}
+    outcomes = {name: int(getattr(message, name)) for name in OUTCOME_NAMES.values()}
     plan = _plan_of(message.plan) if message.HasField("plan") else None
     return RoutingReport(outcomes, message.epoch, message.degraded_tokens, plan)
 

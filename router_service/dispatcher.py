@@ -169,7 +169,7 @@ class _UnderWay:
                 self._send(list(group))
             if self._error is None and not flight.has_ended:
                 self._done = self._loop.create_future()
-                self._watch()
+                self._watch_first()
                 await self._done
             self._check()
         except BaseException as raised:
@@ -212,36 +212,45 @@ class _UnderWay:
         if due_s:
             self._desk.watch(self, max(min(due_s), now_s + _LOOK_AGAIN_S))
 
+    def _watch_first(self) -> None:
+        """Nothing is late before the least delay, and most calls have ended by then: until then no delay is worked out."""
+        hedging = self._desk.hedging
+        if hedging is not None:
+            self._desk.watch(self, self._loop.time() + hedging.lateness.min_delay_s)
+
     def _pick(self, index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
         return self._desk.pick(self._job, self._experts[index], tried)
 
     def _send(self, orders: Sequence[Send]) -> None:
-        traceparent = self._spans.asking(orders) if self._spans is not None else ""
-        job, hedging = self._job, self._desk.hedging
+        """Carry out orders to one actor."""
+        traceparent = (self._spans.asking(orders) or None) if self._spans is not None else None
+        job, desk, parts, sent_s = self._job, self._desk, self._flight.parts, self._loop.time()
+        begin, deadline_s, rows_NB = desk.lanes.begin, job.deadline_s, job.rows_NB
         for order in orders:
             if self._has_ended or self._error is not None:
                 return
-            rows = self._flight.parts[order.part].rows
+            part = parts[order.part]
+            rows = part.rows
             key = (order.part, order.attempt)
             request = SegmentRequest(
                 expert=self._experts[rows.index],
                 copy=order.copy,
                 dtype=job.dtype,
                 dim=job.width,
-                rows=job.rows_NB[rows.start : rows.stop],
-                deadline_s=job.deadline_s,
+                rows=rows_NB[rows.start : rows.stop],
+                deadline_s=deadline_s,
                 exact=job.exact,
                 epoch=job.table.epoch,
                 attempt=order.attempt,
-                traceparent=traceparent or None,
+                traceparent=traceparent,
                 flow=id(self),
                 is_hedge=order.why is Why.HEDGE,
             )
-            if hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
-                (hedging.budget.asked if order.why is Why.FIRST else hedging.budget.resent)(rows.num_rows)
-            self._sent_s[key] = self._loop.time()
-            withdraw = self._desk.lanes.begin(request, lambda outcome, key=key: self._ended(key, outcome))  # type: ignore[misc]
-            if key[1] in self._flight.parts[key[0]].live:
+            if desk.hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
+                (desk.hedging.budget.asked if order.why is Why.FIRST else desk.hedging.budget.resent)(rows.num_rows)
+            self._sent_s[key] = sent_s
+            withdraw = begin(request, partial(self._ended, key))
+            if order.attempt in part.live:
                 self._withdraws[key] = withdraw
 
     def _ended(self, key: tuple[int, int], outcome: SegmentReply | MoeError) -> None:

@@ -19,6 +19,9 @@ from router_service.wire import PLAN_BYTES_PER_CHOICE, Buffer, Layout, check_lay
 FLOATS: Final = (pb.D_TYPE_BF16, pb.D_TYPE_FP16, pb.D_TYPE_FP32)
 MAX_REQUEST_ID_CHARACTERS: Final = 128
 MAX_MODEL_NAME_CHARACTERS: Final = 128
+_FIDELITIES: Final = frozenset(pb.Fidelity.values())
+_REPORT_LEVELS: Final = frozenset(pb.ReportLevel.values())
+_OVERFLOWS: Final = frozenset(pb.Overflow.values())
 HIDDEN: Final = "hidden_states"
 IDS: Final = "top_k.expert_ids"
 WEIGHTS: Final = "top_k.weights"
@@ -155,9 +158,9 @@ def _check_words(request: pb.DispatchRequest) -> None:
     if len(request.model) > MAX_MODEL_NAME_CHARACTERS:
         refuse("model", f"model has {len(request.model)} characters, over the limit of {MAX_MODEL_NAME_CHARACTERS}; GetModel lists the names")
     for field, value, known in (
-        ("fidelity", request.fidelity, pb.Fidelity.values()),
-        ("report", request.report, pb.ReportLevel.values()),
-        ("gate.overflow", request.gate.overflow, pb.Overflow.values()),
+        ("fidelity", request.fidelity, _FIDELITIES),
+        ("report", request.report, _REPORT_LEVELS),
+        ("gate.overflow", request.gate.overflow, _OVERFLOWS),
     ):
         if value not in known:
             refuse(field, f"{field} has a value that this router does not know; update the router or leave it out")

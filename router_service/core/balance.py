@@ -28,6 +28,8 @@ def pick_copy(
 
     `burden` tells about how long one more frame would take at an actor, by its id; `rank` how far a copy is trusted, None: all alike.
     """
+    if len(copies) == 1 and rank is None and not tried and not (exact and copies[0].role is not Role.REPLICA):
+        return copies[0]
     fresh = [copy for copy in copies if copy not in tried] if tried else list(copies)
     if exact:
         fresh = [copy for copy in fresh if copy.role is Role.REPLICA]

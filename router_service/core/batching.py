@@ -56,7 +56,8 @@ class TokenBudget:
         self.queued_tokens = 0
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, as `SegmentRequest` is not: many are made for each call. Nobody changes them all the same.
+@dataclass(slots=True, eq=False)
 class RunOffer:
     """Rows of one request for one copy: what a caller asks a lane to carry. `version` is the raw digest."""
 

@@ -6,18 +6,19 @@ Shape legend: T tokens, K choices of a token, N choices that somebody computes (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOWHERE = -1
+_FEW_CHOICES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRows:
+class ExpertRows(NamedTuple):
     """One expert's rows of one request: `start` to `stop` of the sorted order."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # (in the place of tuple.index)
     start: int
     stop: int
 
@@ -38,6 +39,8 @@ class DispatchOrder:
 
 def order_choices(ids_TK: NDArray[np.int32]) -> DispatchOrder:
     """Sort the choices [T, K] by (expert, token); -1 is computed by nobody."""
+    if ids_TK.size <= _FEW_CHOICES:
+        return _order_few(ids_TK)
     top_k = ids_TK.shape[1]
     flat = ids_TK.ravel()
     order = np.argsort(flat, kind="stable")
@@ -49,3 +52,20 @@ def order_choices(ids_TK: NDArray[np.int32]) -> DispatchOrder:
     starts = [0, *changes.tolist()] if used.size else []
     experts = tuple(map(ExpertRows, sorted_ids[starts].tolist(), starts, [*starts[1:], used.size]))
     return DispatchOrder(experts, used // top_k, place.reshape(ids_TK.shape))
+
+
+def _order_few(ids_TK: NDArray[np.int32]) -> DispatchOrder:
+    """The same for few choices, for which a dozen calls of numpy cost more than the work."""
+    top_k = ids_TK.shape[1]
+    choices: dict[int, list[int]] = {}
+    for choice, index in enumerate(ids_TK.ravel().tolist()):
+        choices.setdefault(index, []).append(choice)
+    choices.pop(NOWHERE, None)
+    used: list[int] = []
+    experts = []
+    for index in sorted(choices):
+        experts.append(ExpertRows(index, len(used), len(used) + len(choices[index])))
+        used += choices[index]
+    place = np.full(ids_TK.size, NOWHERE, np.intp)
+    place[used] = np.arange(len(used))
+    return DispatchOrder(tuple(experts), np.array(used, np.intp) // top_k, place.reshape(ids_TK.shape))

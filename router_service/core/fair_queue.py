@@ -36,16 +36,15 @@ class Span:
     key: SegmentKey
     start: int
     stop: int
+    row_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row_bytes = self.key.dim * self.key.dtype.itemsize
 
     @property
     def num_rows(self) -> int:
         """Rows that wait."""
         return self.stop - self.start
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.key.dim * self.key.dtype.itemsize
 
 
 class Frame(Protocol):
@@ -117,20 +116,21 @@ class FairQueue:
 
     def _serve(self, flow: _Flow, frame: Frame, ended: list[Span]) -> bool:
         """Give a flow its turn. True when the frame is full; the flow then stays first."""
-        while flow.spans:
-            span = next(iter(flow.spans))
-            room = frame.room(span)
-            is_short = span.num_rows <= self.quantum
-            if room == 0 or (is_short and room < span.num_rows and not frame.is_empty):
+        spans = flow.spans
+        while spans:
+            span = next(iter(spans))
+            num_rows, room = span.stop - span.start, frame.room(span)
+            is_short = num_rows <= self.quantum
+            if room == 0 or (is_short and room < num_rows and not frame.is_empty):
                 return True
-            if flow.deficit < (span.num_rows if is_short else 1):
+            if flow.deficit < (num_rows if is_short else 1):
                 return False
-            count = min(span.num_rows, room, flow.deficit)
+            count = min(num_rows, room, flow.deficit)
             frame.add(span, count)
             span.start += count
             flow.deficit -= count
             self.num_rows -= count
-            if not span.num_rows:
-                del flow.spans[span]
+            if count == num_rows:
+                del spans[span]
                 ended.append(span)
         return False

@@ -47,11 +47,11 @@ class Gate:
         """Positions that a position-aware gate knows; 0 for any other."""
         return self._tensors["position_embedding"].shape[0] if self.descriptor.kind == "position" else 0
 
-    @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor, positions_T: torch.Tensor | None = None) -> Choices:
         """Choose K experts for each row of x [T, D]; `positions_T` (integers in [0, P)) where the gate is position-aware."""
         gate = self.descriptor
-        logits_TE = self._logits(x_TD.to(self._linear_dtype), positions_T).to(self._dtype(gate.score_dtype))
+        # Detached, so that nothing below records a gradient: entering `no_grad` for each call costs more.
+        logits_TE = self._logits(x_TD.detach().to(self._linear_dtype), positions_T).to(self._dtype(gate.score_dtype))
         scores_TE = gate_scores.score(logits_TE, gate)
         choice_TE = gate_scores.choosable(scores_TE, self._correction_bias_E, gate)
         if gate.score == "sparsemixer":

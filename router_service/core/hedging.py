@@ -76,7 +76,7 @@ class Lateness:
 
     def __init__(self, quantile: float, min_delay_s: float, *, unlearned_s: float = 0.1, unlearned_s_per_row: float = 0.001) -> None:
         self._quantile = quantile
-        self._min_delay_s = min_delay_s
+        self.min_delay_s = min_delay_s
         self._unlearned_s = unlearned_s
         self._unlearned_s_per_row = unlearned_s_per_row
         self._counts = [[0.0] * _NUM_STEPS for _ in range(_NUM_SIZES)]
@@ -97,7 +97,7 @@ class Lateness:
         """After how long so many rows are late."""
         size = _size(num_rows)
         learned_s = self._quantiles_s[size]
-        return max(self._min_delay_s, learned_s if learned_s > 0.0 else self._guess_s(size, num_rows))
+        return max(self.min_delay_s, learned_s if learned_s > 0.0 else self._guess_s(size, num_rows))
 
     def _guess_s(self, size: int, num_rows: int) -> float:
         """From the next larger size that is known, which takes no less; else the next smaller, in proportion to the rows; else cautiously."""
