@@ -54,6 +54,10 @@ _KINDS: dict[int, type[Frame]] = {
     kind.KIND: kind for kind in (Challenge, Proof, Welcome, Refusal, Forward, Result, Ping, Pong, Cancel, Goodbye, Warm, Fault, FaultReply)
 }
 _HANDSHAKE_KINDS = frozenset({Challenge.KIND, Proof.KIND, Welcome.KIND, Refusal.KIND})
+# Looked up by value: an enum's own call is Python, and takes longer than all other checks of a segment.
+_DTYPES: dict[str, DType] = {member.value: member for member in DType}
+_ROLES: dict[int, Role] = {member.value: member for member in Role}
+_STATUSES: dict[int, SegmentStatus] = {member.value: member for member in SegmentStatus}
 _F = TypeVar("_F")
 
 
@@ -126,7 +130,7 @@ def decode(prefix: Prefix, header: bytes | memoryview) -> Frame:
         # The bounds keep a header that lies about its counts from reserving memory: nested arrays are allocated as they are announced.
         values = msgpack.unpackb(header, raw=False, use_list=False, max_array_len=MAX_ITEMS, max_map_len=0, max_ext_len=0)
         frame = _build(kind, values)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         message = f"link header of kind {prefix.kind} is malformed ({type(error).__name__})"
         raise InvalidRequest(message, field="link.header") from error
     body_bytes = frame.body_bytes if isinstance(frame, Forward | Result) else 0
@@ -166,17 +170,17 @@ def _segment(values: Any) -> Segment:  # noqa: ANN401
         raise ValueError(message)
     parsed = tuple(Run(size_of(rows), count_of(timeout_ms), flag_of(exact), count_of(epoch)) for rows, timeout_ms, exact, epoch in runs)
     place = (count_of(segment_id), count_of(attempt), text_of(model), count_of(layer), count_of(index), bytes_of(version))
-    return Segment(*place, Role(count_of(role)), DType(text_of(dtype)), size_of(dim), parsed)
+    return Segment(*place, _ROLES[count_of(role)], _DTYPES[text_of(dtype)], size_of(dim), parsed)
 
 
 def _segment_result(values: Any) -> SegmentResult:  # noqa: ANN401
     segment_id, attempt, status, dtype, dim, num_rows, expired, message = values
-    ended = SegmentStatus(count_of(status))
+    ended = _STATUSES[count_of(status)]
     if num_rows and ended is not SegmentStatus.OK:
         text = "rows"
         raise ValueError(text)
     dropped = tuple(count_of(item) for item in expired)
-    return SegmentResult(count_of(segment_id), count_of(attempt), ended, DType(text_of(dtype)), size_of(dim), count_of(num_rows), dropped, text_of(message))
+    return SegmentResult(count_of(segment_id), count_of(attempt), ended, _DTYPES[text_of(dtype)], size_of(dim), count_of(num_rows), dropped, text_of(message))
 
 
 _CHECKS: dict[str, Callable[[Any], object]] = {"int": count_of, "str": text_of, "bytes": bytes_of, "bool": flag_of, "float": seconds_of}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cluster.core.descriptors import DType
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge, MoeError, Overloaded, ReplicaFaulted
 from cluster.core.ids import ExpertId, Role
-from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, Result, Run, Segment, SegmentResult
+from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, Result, Run, Segment, SegmentResult, SegmentStatus
 from router_service.core.fair_queue import FairQueue, SegmentKey, Span
 from router_service.core.frame_draft import FrameDraft, Piece
 from router_service.core.frame_outcome import check_result, error_of_frame, error_of_segment
@@ -133,6 +133,7 @@ class Lane:
         self._queue = FairQueue(limits.quantum)
         self._runs: dict[int, _Run] = {}
         self._in_flight: dict[int, _Sent] = {}
+        self._in_flight_tokens = 0
         self._num_runs = 0
         self._num_frames = 0
         self._num_segments = 0
@@ -150,7 +151,7 @@ class Lane:
     @property
     def pending_tokens(self) -> int:
         """Rows that wait for a frame or are under way in one."""
-        return self._queue.num_rows + sum(sent.num_tokens for sent in self._in_flight.values())
+        return self._queue.num_rows + self._in_flight_tokens
 
     @property
     def num_frames_in_flight(self) -> int:
@@ -183,7 +184,7 @@ class Lane:
         if offer.dim * offer.dtype.itemsize > self._limits.max_frame_bytes:
             message = f"one row is larger than a frame of {self._limits.max_frame_bytes} bytes; raise link.max_frame_bytes"
             raise InvalidRequest(message, field="rows")
-        rows_before = self._queue.rows_before(offer.num_rows) + sum(sent.num_tokens for sent in self._in_flight.values())
+        rows_before = self._queue.rows_before(offer.num_rows) + self._in_flight_tokens
         # The next frame of a crowd holds this many rows: a rate that was learned from far smaller ones says little about it.
         if rows_before and min(rows_before, self._limits.max_tokens_per_frame) <= _TRUSTED_FACTOR * self._tokens_per_frame:
             check_hope(rows_before + offer.num_rows, self._tokens_per_s, offer.deadline_s - now_s)
@@ -237,6 +238,7 @@ class Lane:
         outcome = FrameOutcome(sent.num_tokens, now_s - sent.sent_s)
         check_result(sent.forward, result)
         del self._in_flight[result.frame_id]
+        self._in_flight_tokens -= sent.num_tokens
         self._learn_rate(sent, now_s)
         for pieces in sent.segments:
             for piece in pieces:
@@ -259,6 +261,7 @@ class Lane:
         for run_id in lost:
             self._end(run_id)
         self._in_flight.clear()
+        self._in_flight_tokens = 0
         return lost
 
     def abandon(self) -> list[int]:
@@ -315,6 +318,7 @@ class Lane:
         segments = tuple(self._segment(key, pieces, now_s) for key, pieces in groups)
         forward = Forward(self._num_frames, self._generation, traceparents, segments)
         is_alone = tuple(bool(key.alone) for key, _ in groups)
+        self._in_flight_tokens += num_tokens
         self._in_flight[forward.frame_id] = _Sent(forward, tuple(pieces for _, pieces in groups), is_alone, num_tokens, now_s)
         for _, pieces in groups:
             for piece in pieces:
@@ -329,6 +333,9 @@ class Lane:
         return Segment(*place, key.role, key.dtype, key.dim, runs)
 
     def _segment_done(self, pieces: Sequence[Piece], segment: SegmentResult, offset_bytes: int, outcome: FrameOutcome, *, is_alone: bool) -> None:
+        if not segment.expired_runs and segment.status is SegmentStatus.OK:
+            self._deliver(pieces, segment.dim * segment.dtype.itemsize, offset_bytes, outcome)
+            return
         expired = set(segment.expired_runs)
         kept = [piece for index, piece in enumerate(pieces) if index not in expired]
         late = DeadlineExceeded("the deadline passed while the rows waited in the expert actor")

@@ -33,8 +33,10 @@ def check_result(forward: Forward, result: Result) -> None:
 def _fits(asked: Segment, got: SegmentResult) -> bool:
     if (asked.segment_id, asked.attempt) != (got.segment_id, got.attempt):
         return False
+    if not got.expired_runs:
+        return got.status is not SegmentStatus.OK or (asked.dtype, asked.dim, asked.num_rows) == (got.dtype, got.dim, got.num_rows)
     expired = set(got.expired_runs)
-    if expired and max(expired) >= len(asked.runs):
+    if max(expired) >= len(asked.runs):
         return False
     if got.status is not SegmentStatus.OK:
         return True

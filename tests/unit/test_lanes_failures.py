@@ -129,7 +129,7 @@ async def test_a_result_of_another_generation_is_never_used() -> None:
 async def test_a_result_that_cannot_be_told_apart_costs_the_link(change: dict[str, object]) -> None:
     def wrong(frame: Forward, body: memoryview) -> tuple[Result, list]:
         result, buffers = answer(frame, body)
-        segment = dataclasses.replace(result.segments[0], **change)
+        segment = result.segments[0]._replace(**change)
         return dataclasses.replace(result, segments=(segment,)), [bytes(segment.num_bytes)] if segment.num_bytes else buffers
 
     async with running_actor() as actor, running_lanes(actor.endpoint) as lanes:
@@ -180,4 +180,4 @@ async def test_a_version_that_is_no_digest_is_refused() -> None:
     async with running_actor() as actor, running_lanes(actor.endpoint) as lanes:
         asked = request(actor.endpoint, random_rows(1))
         with pytest.raises(InvalidRequest, match="hex"):
-            await lanes.submit(dataclasses.replace(asked, copy=dataclasses.replace(asked.copy, version="v1")))
+            await lanes.submit(dataclasses.replace(asked, copy=asked.copy._replace(version="v1")))
