@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from actors.expert_layouts import ExpertWeights, grouped_forward
+from actors.expert_layouts import ExpertWeights, grouped_forward, with_packed
+from actors.packed_matrix import can_pack
 from actors.steady_forward import steady_forward
 from actors.widened_forward import widened_forward, widening_pays
 from bench.settings import Settings, Sizes
@@ -53,16 +53,8 @@ def ways_of(experts: Sequence[ExpertWeights], dtype: DType) -> dict[str, Forward
     ways["widened on the way"] = _served(widened_forward, experts)
     wide = [{name: tensor.float() for name, tensor in expert.tensors.items()} for expert in experts]
     ways["fp32 copies"] = lambda x_TD, index: _gated(x_TD.float(), wide[index], linear).bfloat16()
-    # Not in every build of torch: named by strings, because types do not know them either.
-    operators: Any = torch.ops.mkldnn
-    if hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise"):
-        packed = [{name: operators._reorder_linear_weight(tensor) for name, tensor in expert.tensors.items()} for expert in experts]
-
-        def multiply(x_TI: Tensor, weight: Tensor) -> Tensor:
-            product: Tensor = operators._linear_pointwise(x_TI, weight, None, "none", [], "")
-            return product
-
-        ways["packed copies"] = lambda x_TD, index: _gated(x_TD, packed[index], multiply)
+    if can_pack():
+        ways["packed"] = _served(grouped_forward, [with_packed(expert) for expert in experts])
     return ways
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from actors.packed_matrix import can_pack, pack
 from bench.settings import LAYER, WIDE_MODEL, Sizes
 from examples.custom_moe.tiny_moe import GatedExpert, LinearGate, save_experts
 
@@ -85,10 +86,13 @@ class Layer:
             gate, up, down = (tensors[f"{prefix}.experts.{index}.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
             self.experts[index] = Expert(torch.cat([gate, up]), down)
 
-    def multiplied_by(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> Layer:
-        """The same weights with another matrix product."""
+    def packed(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> Layer:
+        """The same experts with packed matrices where there are such, and the product that takes them."""
         other = copy(self)
-        other._multiply = multiply
+        pairs = {index: (pack(expert.gate_up), pack(expert.down)) for index, expert in self.experts.items()}
+        if can_pack():
+            other.experts = {index: Expert(gate_up, down) for index, (gate_up, down) in pairs.items() if gate_up is not None and down is not None}
+            other._multiply = multiply
         return other
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:

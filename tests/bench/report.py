@@ -21,10 +21,10 @@ from bench.settings import (
     IN_PROCESS,
     MODEL,
     OURS,
+    PACKED,
     PER_EXPERT,
     SERVE_ROWS,
     WIDE_MODEL,
-    WIDENED,
     Case,
 )
 from bench.tables import Section, Table
@@ -99,7 +99,7 @@ def _against_in_process(case: Case, ours: Figure, found: dict[str, Figure]) -> l
     if goal is None or reference is None:
         return []
     ceiling = ceiling_of(case, reference, found[ECHO])
-    beside = f", {_ratio(case, ours, widened):.2f} x with the widened arithmetic" if (widened := found.get(WIDENED)) else ""
+    beside = f", {_ratio(case, ours, packed):.2f} x with packed matrices there, too" if (packed := found.get(PACKED)) else ""
     ratio = _ratio(case, ours, reference)
     if goal.latency_ratio is not None:
         text = f"{ratio:.2f} x in-process{beside} (goal: at most {goal.latency_ratio}; in-process and an echo one after the other: {ceiling:.2f} x)"

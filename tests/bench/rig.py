@@ -23,10 +23,10 @@ from bench.settings import (
     LANGUAGE_MODEL,
     MODEL,
     OURS,
+    PACKED,
     ROWS,
     SERVE_ROWS,
     WIDE_MODEL,
-    WIDENED,
     Case,
     Settings,
     missing,
@@ -140,7 +140,7 @@ def _add_rows(rig: Rig, ending: ExitStack) -> None:
     cores = os.cpu_count() or 1
     if IN_PROCESS in rig.settings.rows:
         best = BestOf.in_process(rig.folders, rig.settings)
-        rig.rows += [best, *([best.flavoured(WIDENED, "widened")] if WIDENED in rig.settings.rows else [])]
+        rig.rows += [best, *([best.flavoured(PACKED, "packed")] if PACKED in rig.settings.rows else [])]
         started += [row.caller for row in best.variants.values()]
     echo = EchoServer(environment)
     ending.callback(echo.close)
@@ -148,7 +148,7 @@ def _add_rows(rig: Rig, ending: ExitStack) -> None:
     started.append(rig.rows[-1].caller)
     for caller in started:
         ending.callback(caller.close)
-    wanted = [name for name in rig.settings.rows if name not in rig.left_out and name not in (IN_PROCESS, WIDENED)]
+    wanted = [name for name in rig.settings.rows if name not in rig.left_out and name not in (IN_PROCESS, PACKED)]
     for name in sorted(wanted, key=lambda name: "." in name):
         variants = {}
         for threads in (1, cores) if name == ALL_IN_ONE and cores > 1 else (cores,):

@@ -70,14 +70,14 @@ IDLE_GOAL_S = 0.0004
 HIVEMIND_GOAL = 8.0
 OURS = "moelastic"
 IN_PROCESS = "in_process"
-WIDENED = "in_process.widened"
+PACKED = "in_process.packed"
 ECHO = "grpc_echo"
 HIVEMIND = "hivemind_peer"
 # They need more packages than we do: `pip install -c constraints.txt -e .[bench]`, or `make bench`.
 ALL_IN_ONE = "serve_actors.all_in_one"
 PER_EXPERT = "serve_actors.per_expert"
 SERVE_ROWS = (PER_EXPERT, ALL_IN_ONE)
-ROWS = (IN_PROCESS, WIDENED, OURS, "ray_actors", *SERVE_ROWS, HIVEMIND)
+ROWS = (IN_PROCESS, PACKED, OURS, "ray_actors", *SERVE_ROWS, HIVEMIND)
 NEEDS = {**dict.fromkeys(SERVE_ROWS, "fastapi"), HIVEMIND: "hivemind"}
 
 
@@ -102,7 +102,7 @@ class Settings:
     leak_requests: int = 200_000
     overload_seconds: float = 6.0
     language_model: bool = True
-    layout: Literal["mapped", "packed", "widened", "auto"] = "mapped"
+    layout: Literal["mapped", "packed", "widened", "auto"] = "packed"
 
 
 SMOKE = Settings(
