@@ -46,7 +46,7 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
     """One expert's answer: keep a witness's in its place, or take it away."""
     first = job.replies[part.index]
     accused = TableCopy(first.incarnation, first.version, first.role)
-    doubt = Doubt(accused, lambda asked: _next_full(dispatcher, job, part, asked))
+    doubt = Doubt(accused, bad_rows(first.rows, job.dtype).tolist(), lambda asked: _next_full(dispatcher, job, part, asked))
     step: Question | Verdict = doubt.begin()
     answer: SegmentReply | None = None
     num_asked = 0
@@ -57,7 +57,7 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
         except ReplicaError:
             step = doubt.unanswered()
         else:
-            step = doubt.answered(is_finite=not bad_rows(answer.rows, job.dtype).size)
+            step = doubt.answered(bad_rows(answer.rows, job.dtype).tolist())
             if step is Verdict.BLAMED:
                 dispatcher.trust.accuse(job.expert(part.index), accused, NON_FINITE, by=job.tenant, now_s=asyncio.get_running_loop().time())
     if step is not Verdict.OVERFLOW:

@@ -117,6 +117,23 @@ async def test_the_only_copy_convicted_leaves_the_call_unavailable_and_an_exact_
         assert Role.SHADOW not in {request.copy.role for request in made.lanes.requests}
 
 
+async def test_rows_that_overflow_excuse_no_copy_that_fails_on_others() -> None:
+    """The copy with a NaN is blamed although its witness overflows, too; of the rows only those are named that overflow."""
+    made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), busy=("a1",))
+
+    def forward(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+        answer = overflowing(expert, version, rows) if expert.index == 2 else expert_forward(expert, version, rows)
+        return answer * math.nan if version == SICK else answer
+
+    made.lanes._forward = forward
+    asked = chosen()
+    asked.hidden_states[3] = 1e30
+    with pytest.raises(DataLoss) as lost:
+        await made.pipeline.run(asked)
+    assert lost.value.failed_rows == (3,)
+    assert [copy.version for _, copy, _ in made.pipeline.dispatcher.trust.take_accusations()] == [SICK]
+
+
 async def test_a_witness_that_does_not_answer_is_replaced_by_the_next() -> None:
     made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), (Role.REPLICA, version_of(2)), busy=("a1", "a2"))
     made.lanes.break_actor("a1", ReplicaUnavailable("reset"))
