@@ -50,7 +50,7 @@ class Job:
     """One call's rows for its experts, sorted by expert, and the replies as they come, by expert index.
 
     `uses_shadows`: a shadow may answer where no replica does. `may_lose`: what nobody answers is not the end of the call. `trace`: the call's
-    traceparent, empty when it is not recorded. `tenant` is whose rows they are.
+    traceparent, empty when it is not recorded. `tenant` is whose rows they are. `avoid`: by expert index, copies that gave it numbers that are not finite.
     """
 
     model: str
@@ -67,6 +67,7 @@ class Job:
     trace: str = ""
     tenant: str = ""
     num_rechecks: int = 0
+    avoid: dict[int, set[TableCopy]] = field(default_factory=dict)
     replies: dict[int, SegmentReply] = field(default_factory=dict)
 
     def expert(self, index: int) -> ExpertId:
@@ -138,6 +139,8 @@ class Dispatcher:
         """The next copy to ask: from the call's own table first, later from the newest one."""
         table = (self.table() or job.table) if tried else job.table
         rank = None if self.trust.is_calm else partial(self.trust.rank, expert)
+        if job.avoid:
+            tried = [*tried, *job.avoid.get(expert.index, ())]
         return pick_copy(table.copies_of(expert), tried=tried, exact=not job.uses_shadows, burden=self.lanes.burden, rng=self.rng, rank=rank)
 
 
