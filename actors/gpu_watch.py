@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,6 @@ class GpuWatch:
         """`nvml` is the `pynvml` module; None where it is not installed."""
         self._nvml: Any = nvml
         self._faults: deque[GpuFault] = deque(maxlen=MAX_FAULTS)
-        self._num_seen = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,8 +91,7 @@ class GpuWatch:
             return
         uuid, xid = _text(nvml.nvmlDeviceGetUUID(event.device)), int(event.eventData)
         with self._lock:
-            self._num_seen += 1
-            self._faults.append(GpuFault(self._num_seen, names.get(uuid, device_name(uuid)), xid, is_device_fault(xid)))
+            self._faults.append(GpuFault(time.time(), names.get(uuid, device_name(uuid)), xid, is_device_fault(xid)))
         LOG.warning("gpu watch: Xid %d on %s", xid, uuid)
 
 

@@ -228,7 +228,7 @@ class Controller:
         """Trust a quarantined device (NODE/DEVICE) again; False when it is not quarantined."""
         if (name := found_device(self._memory, self._status, device)) is None:
             return False
-        self._memory = released(self._memory, name)
+        self._memory = released(self._memory, name, self._status, self._clock.unix_s())
         news = [NewDecision("release_device", name, "an operator trusts it again", self._memory.epoch)]
         self._store.save(self._memory, news, unix_time_s=self._clock.unix_s())
         self._wake.set()

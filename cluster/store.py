@@ -33,6 +33,7 @@ _ACTORS = TypeAdapter(dict[str, ActorRecord])
 _ROUTERS = TypeAdapter(dict[str, RouterRecord])
 _MODELS = TypeAdapter(dict[str, ModelRecord])
 _DEVICES = TypeAdapter(dict[str, str])
+_TIMES = TypeAdapter(dict[str, float])
 
 
 def _text_dump(value: object) -> bytes:
@@ -50,6 +51,7 @@ _DURABLE: dict[str, Callable[[Any], bytes]] = {
     "actors": lambda actors: _ACTORS.dump_json(dict(actors)),
     "routers": lambda routers: _ROUTERS.dump_json(dict(routers)),
     "quarantined": lambda devices: _DEVICES.dump_json(dict(devices)),
+    "released": lambda times: _TIMES.dump_json(dict(times)),
     "published": lambda draft: to_proto(draft.at_epoch(0)).SerializeToString(deterministic=True),
 }
 
@@ -107,6 +109,7 @@ class ControlStore:
             actors=_ACTORS.validate_json(self._written.get("actors", b"{}")),
             routers=_ROUTERS.validate_json(self._written.get("routers", b"{}")),
             quarantined=_DEVICES.validate_json(self._written.get("quarantined", b"{}")),
+            released=_TIMES.validate_json(self._written.get("released", b"{}")),
             published=draft_of(from_proto(pb.WatchTableResponse.FromString(self._written.get("published", b"")))),
         )
 

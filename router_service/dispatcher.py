@@ -44,13 +44,17 @@ class LanesPort(Protocol):
         """About how long one more frame would take at an actor."""
         ...
 
+    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
+        """Hint to who holds a shadow that rows for it are likely."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class Job:
     """One call's rows for its experts, sorted by expert, and the replies as they come, by expert index.
 
     `uses_shadows`: a shadow may answer where no replica does. `may_lose`: what nobody answers is not the end of the call. `trace`: the call's
-    traceparent, empty when it is not recorded. `tenant` is whose rows they are.
+    traceparent, empty when it is not recorded. `tenant` is whose rows they are. `avoid`: by expert index, copies that gave it numbers that are not finite.
     """
 
     model: str
@@ -67,6 +71,7 @@ class Job:
     trace: str = ""
     tenant: str = ""
     num_rechecks: int = 0
+    avoid: dict[int, set[TableCopy]] = field(default_factory=dict)
     replies: dict[int, SegmentReply] = field(default_factory=dict)
 
     def expert(self, index: int) -> ExpertId:
@@ -86,6 +91,13 @@ class Hedging:
         """Whether rows that have been under way for so long may be sent to this other copy, too; if so they are charged."""
         is_due = other.role is Role.REPLICA or late_s >= self.min_shadow_delay_s
         return is_due and self.budget.take(num_rows)
+
+    def is_near(self, late_s: float, other: TableCopy) -> bool:
+        """Whether this other copy is a shadow that rows which are late by so much may soon be sent to: half of the delay is left to expand it.
+
+        Not from the first moment: a hundredth of all rows are late, and expanding shadows for those would cost their holders more than it saves.
+        """
+        return other.role is Role.SHADOW and self.min_shadow_delay_s / 2 <= late_s < self.min_shadow_delay_s
 
 
 class Dispatcher:
@@ -138,6 +150,8 @@ class Dispatcher:
         """The next copy to ask: from the call's own table first, later from the newest one."""
         table = (self.table() or job.table) if tried else job.table
         rank = None if self.trust.is_calm else partial(self.trust.rank, expert)
+        if job.avoid:
+            tried = [*tried, *job.avoid.get(expert.index, ())]
         return pick_copy(table.copies_of(expert), tried=tried, exact=not job.uses_shadows, burden=self.lanes.burden, rng=self.rng, rank=rank)
 
 
@@ -152,6 +166,7 @@ class _UnderWay:
         self._flight = Flight(job.order.experts, self._pick, kind="full-precision copies" if job.exact else "copies")
         self._withdraws: dict[tuple[int, int], Withdraw] = {}
         self._sent_s: dict[tuple[int, int], float] = {}
+        self._warmed: set[int] = set()
         self._done: asyncio.Future[None] | None = None
         self._error: MoeError | None = None
         self._spans = DispatchSpans(desk.tracing, job.trace, layer=job.layer, epoch=job.table.epoch) if job.trace else None
@@ -194,9 +209,16 @@ class _UnderWay:
             late_s = now_s - self._sent_s[number, next(iter(part.live))]
             if late_s < hedging.lateness.delay_s(part.rows.num_rows):
                 continue
-            if (order := self._flight.hedge(number, partial(hedging.charge, late_s))) is not None:
+            if (order := self._flight.hedge(number, partial(self._charge, hedging, number, late_s))) is not None:
                 self._send([order])
         self._watch()
+
+    def _charge(self, hedging: Hedging, number: int, late_s: float, num_rows: int, other: TableCopy) -> bool:
+        """Whether a late part may be sent to this other copy, too. A shadow whose time has not come is made ready for it meanwhile, once."""
+        if hedging.is_near(late_s, other) and number not in self._warmed:
+            self._warmed.add(number)
+            self._desk.lanes.warm(self._experts[self._flight.parts[number].rows.index], other)
+        return hedging.charge(late_s, num_rows, other)
 
     def _watch(self) -> None:
         """Be looked at when the first of the parts that wait alone is late."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,18 @@ MAX_ROUNDS = 4
 async def recheck(dispatcher: Dispatcher, job: Job, lost: Mapping[int, str]) -> Mapping[int, str] | None:
     """Replace every answer that is not finite and whose copy is to blame. Gives who is lost now, of all experts; None: every answer is finite.
 
-    Raises DataLoss with the call's rows when these overflow healthy experts; nobody is blamed then.
+    Raises DataLoss with the call's rows when these overflow healthy experts; nobody is blamed then. A copy that gave the call such an answer is not
+    asked again by it, whoever is believed: what then has no copy left is lost.
     """
     doubtful = [part for part in job.order.experts if part.index in job.replies and bad_rows(job.replies[part.index].rows, job.dtype).size]
     if not doubtful:
         return None
     if job.num_rechecks >= MAX_ROUNDS:
-        raise _overflown(job, doubtful)
+        for part in doubtful:
+            del job.replies[part.index]
+        return {**lost, **{part.index: f"{MAX_ROUNDS + 1} of its copies answered, with numbers that are not finite" for part in doubtful}}
     job.num_rechecks += 1
-    verdicts = await asyncio.gather(*(_judge(dispatcher, job, part) for part in doubtful))
+    verdicts = await _all([_judge(dispatcher, job, part) for part in doubtful])
     overflown = [part for part, verdict in zip(doubtful, verdicts, strict=True) if verdict is Verdict.OVERFLOW]
     if overflown:
         raise _overflown(job, overflown)
@@ -39,14 +42,25 @@ async def recheck(dispatcher: Dispatcher, job: Job, lost: Mapping[int, str]) -> 
     if not again:
         return lost
     found = await _ask_again(dispatcher, job, again)
-    return {**lost, **{index: f"a copy answered with numbers that are not finite, and {reason}" for index, reason in found.items()}}
+    return {**lost, **{index: f"beside copies whose numbers are not finite, {reason}" for index, reason in found.items()}}
+
+
+async def _all(judges: Sequence[Coroutine[None, None, Verdict]]) -> list[Verdict]:
+    """All verdicts; the first judge that raises ends the others, which would go on asking for a call that has ended."""
+    tasks = [asyncio.ensure_future(judge) for judge in judges]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
     """One expert's answer: keep a witness's in its place, or take it away."""
     first = job.replies[part.index]
     accused = TableCopy(first.incarnation, first.version, first.role)
-    doubt = Doubt(accused, lambda asked: _next_full(dispatcher, job, part, asked))
+    job.avoid.setdefault(part.index, set()).add(accused)
+    doubt = Doubt(accused, bad_rows(first.rows, job.dtype).tolist(), lambda asked: _next_full(dispatcher, job, part, asked))
     step: Question | Verdict = doubt.begin()
     answer: SegmentReply | None = None
     num_asked = 0
@@ -57,7 +71,10 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
         except ReplicaError:
             step = doubt.unanswered()
         else:
-            step = doubt.answered(is_finite=not bad_rows(answer.rows, job.dtype).size)
+            bad = bad_rows(answer.rows, job.dtype).tolist()
+            if bad:
+                job.avoid[part.index].add(step.copy)
+            step = doubt.answered(bad)
             if step is Verdict.BLAMED:
                 dispatcher.trust.accuse(job.expert(part.index), accused, NON_FINITE, by=job.tenant, now_s=asyncio.get_running_loop().time())
     if step is not Verdict.OVERFLOW:
@@ -84,6 +101,7 @@ async def _ask_again(dispatcher: Dispatcher, job: Job, parts: Sequence[ExpertRow
         may_lose=True,
         trace=job.trace,
         tenant=job.tenant,
+        avoid=job.avoid,
         replies=job.replies,
     )
     return await dispatcher.run(rest)
@@ -92,8 +110,8 @@ async def _ask_again(dispatcher: Dispatcher, job: Job, parts: Sequence[ExpertRow
 def _next_full(dispatcher: Dispatcher, job: Job, part: ExpertRows, asked: Sequence[TableCopy]) -> TableCopy | None:
     expert = job.expert(part.index)
     copies = (dispatcher.table() or job.table).copies_of(expert)
-    trust = dispatcher.trust
-    return pick_copy(copies, tried=asked, exact=True, burden=dispatcher.lanes.burden, rng=dispatcher.rng, rank=lambda copy: trust.rank(expert, copy))
+    trust, tried = dispatcher.trust, [*asked, *job.avoid.get(part.index, ())]
+    return pick_copy(copies, tried=tried, exact=True, burden=dispatcher.lanes.burden, rng=dispatcher.rng, rank=lambda copy: trust.rank(expert, copy))
 
 
 async def _ask(dispatcher: Dispatcher, job: Job, part: ExpertRows, question: Question, attempt: int) -> SegmentReply:

@@ -5,13 +5,13 @@ The deaths of all actors of a device at one moment are one failure. A quarantine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 from cluster.core.ids import Incarnation
 from cluster.core.memory import Memory
 from cluster.core.spec import RepairSpec
-from cluster.core.status import ActorReport, FleetObservation
+from cluster.core.status import ActorReport, FleetObservation, GpuFault
 
 SAME_EVENT_S = 5.0
 MAX_DEVICES = 4096
@@ -51,14 +51,20 @@ def with_strike_of(memory: Memory, life: Incarnation, now_s: float) -> Memory:
 
 
 def with_gpu_faults(memory: Memory, status: FleetObservation) -> Memory:
-    """Take up what the nodes' drivers tell, once: an error that is the device's quarantines it at once, one of a program is left to its exit."""
-    faults = [(node.node_id, fault) for node in status.nodes if node.alive for fault in node.gpu_faults]
-    news = [(node_id, fault) for node_id, fault in faults if (node_id, fault.sequence) not in memory.seen_faults]
-    if not news:
-        return memory
-    seen = frozenset((node_id, fault.sequence) for node_id, fault in faults)
-    blamed = {f"{node_id}/{fault.device}": f"its driver reported Xid {fault.xid}" for node_id, fault in news if fault.is_device}
-    return replace(memory, seen_faults=seen, quarantined={**blamed, **memory.quarantined})
+    """Take up what the nodes' drivers tell: an error that is the device's quarantines it at once, one of a program is left to its exit.
+
+    Drivers' listeners tell the same errors until they end: what was before a device's release is past.
+    """
+    blamed = {
+        device: f"its driver reported Xid {fault.xid}"
+        for device, fault in _gpu_faults(status)
+        if fault.is_device and device not in memory.quarantined and fault.unix_s > memory.released.get(device, 0.0)
+    }
+    return replace(memory, quarantined={**memory.quarantined, **blamed}) if blamed else memory
+
+
+def _gpu_faults(status: FleetObservation) -> Iterator[tuple[str, GpuFault]]:
+    return ((f"{node.node_id}/{fault.device}", fault) for node in status.nodes if node.alive for fault in node.gpu_faults)
 
 
 def with_quarantines(memory: Memory, repair: RepairSpec, now_s: float, can_spare: Callable[[str], bool]) -> tuple[Memory, list[str]]:
@@ -85,10 +91,13 @@ def with_quarantines(memory: Memory, repair: RepairSpec, now_s: float, can_spare
     return memory, [f"{device} is not quarantined, although {why}: the other actors have no room for its copies" for device in kept]
 
 
-def released(memory: Memory, device: str) -> Memory:
-    """Trust a device again, from nothing held against it."""
+def released(memory: Memory, device: str, status: FleetObservation, unix_s: float) -> Memory:
+    """Trust a device again, from nothing held against it: no error until now, nor one that is known already by a node's clock that is ahead."""
+    past_s = max([unix_s, *(fault.unix_s for name, fault in _gpu_faults(status) if name == device)])
     kept: Mapping[str, str] = {name: why for name, why in memory.quarantined.items() if name != device}
-    return replace(memory, quarantined=kept, strikes={name: times for name, times in memory.strikes.items() if name != device})
+    strikes = {name: times for name, times in memory.strikes.items() if name != device}
+    past = dict([*((name, at_s) for name, at_s in memory.released.items() if name != device), (device, past_s)][-MAX_DEVICES:])
+    return replace(memory, quarantined=kept, strikes=strikes, released=past)
 
 
 def found_device(memory: Memory, status: FleetObservation, asked: str) -> str | None:

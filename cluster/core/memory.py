@@ -97,7 +97,8 @@ class Accusal:
 class Memory:
     """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at.
 
-    `quarantined`: devices (NODE/DEVICE) that get no copies and no actors, each with its reason, until somebody releases them.
+    `quarantined`: devices (NODE/DEVICE) that get no copies and no actors, each with its reason, until somebody releases them. `released`: when
+    (Unix seconds) that was, by device: no error from before is held against one again, whichever process tells of it.
     """
 
     generation: int = 0
@@ -111,6 +112,7 @@ class Memory:
     routers: Mapping[str, RouterRecord] = field(default_factory=dict)
     published: TableDraft = field(default_factory=TableDraft)
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    released: Mapping[str, float] = field(default_factory=dict)
 
     issued: frozenset[Incarnation] = frozenset()
     returned: frozenset[Incarnation] = frozenset()
@@ -129,7 +131,6 @@ class Memory:
     distrusted: frozenset[tuple[str, str]] = frozenset()
     devices: Mapping[Incarnation, str] = field(default_factory=dict)
     strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    seen_faults: frozenset[tuple[str, int]] = frozenset()
     further: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
     inexact_since_s: float | None = None
     calm_since_s: float | None = None

@@ -212,16 +212,20 @@ def _home(copy: CopyId, replica: int, chosen: Sequence[str], shape: Shape, load:
 def stock_missing(layout: Layout, node_of: Mapping[str, str], memory: Memory) -> dict[tuple[str, str], set[CopyId]]:
     """By (node, model), replicas whose blobs should lie in the store of one node more than they are served from: a free slot there can take them at once.
 
-    The node follows from the copy and its homes, so it changes only when these, or nodes, do.
+    Not on the shadow's node where there is another: a replica repaired there would share its next failure with the shadow. The node follows from the
+    copy and the homes of its expert, so it changes only when these, or nodes, do.
     """
     missing: dict[tuple[str, str], set[CopyId]] = defaultdict(set)
     nodes = [node_of.get(name, "") for name in layout.shape.actor_ids]
     place = {name: index for index, name in enumerate(layout.shape.actor_ids)}
+    shadows = {copy.expert: homes for copy, homes in layout.homes.items() if copy.role is Role.SHADOW}
     for copy, homes in layout.homes.items():
         if copy.role is Role.REPLICA and homes:
             taken = {node_of.get(home, "") for home in homes} | {""}
+            shadow_nodes = {node_of.get(home, "") for home in shadows.get(copy.expert, ())}
             start = place[homes[-1]] + 1 + copy.expert.layer  # the layers of a lost actor go to different ones
-            node_id = next((node for step in range(len(nodes)) if (node := nodes[(start + step) % len(nodes)]) not in taken), "")
+            others = [node for step in range(len(nodes)) if (node := nodes[(start + step) % len(nodes)]) not in taken]
+            node_id = next((node for node in others if node not in shadow_nodes), next(iter(others), ""))
             if node_id and not memory.has_stored(node_id, copy):
                 missing[node_id, copy.expert.model].add(copy)
     return missing

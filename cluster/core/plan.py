@@ -85,9 +85,10 @@ def plan_copies(layout: Layout, actors: Mapping[str, ActorView], memory: Memory,
         for copy, homes in layout.homes.items()
         if (not unable.isdisjoint(homes) or copy in blocked) and (num_lacking := len(homes) - _num_staying(copy, holders, actors)) > 0
     }
+    kin = _by_expert({*layout.homes, *holders}) if lacking else {}
     for copy in sorted(lacking, key=lambda copy: (copy.role, lacking[copy] < len(layout.homes[copy]), -load.of(copy.expert))):
         for _ in range(lacking[copy]):
-            _repair(copy, sizes[copy], plan, room, reserved, holders, actors, memory, now_s)
+            _repair(copy, sizes[copy], kin[copy.expert], plan, room, reserved, holders, actors, memory, now_s)
     return plan
 
 
@@ -119,6 +120,7 @@ def _num_staying(copy: CopyId, holders: Mapping[CopyId, Sequence[str]], actors: 
 def _repair(
     copy: CopyId,
     size_bytes: int,
+    kin: Collection[CopyId],
     plan: CopyPlan,
     room: Mapping[str, Room],
     reserved: Mapping[str, int],
@@ -127,12 +129,15 @@ def _repair(
     memory: Memory,
     now_s: float,
 ) -> None:
-    """Put one copy into a free slot: away from the nodes of its other copies where possible, then where its blob lies already, then where most is free.
+    """Put one copy into a free slot: away from the nodes of its other copies, then from its shadow, then where its blob lies, then where most is free.
 
-    A shadow keeps away from its expert's replicas, too, and never goes where one is.
+    A replica beside its shadow would be lost together with it; better there than nowhere. A shadow keeps away from its expert's replicas likewise, and
+    never goes where one is. `kin` are all copies of the expert that are wanted or held.
     """
-    others = holders[copy] if copy.role is Role.REPLICA else _holding_expert(copy, holders)
+    family = [holder for other in kin for holder in holders[other]]
+    others = holders[copy] if copy.role is Role.REPLICA else family
     nodes = {actors[holder].record.node_id for holder in others}
+    family_nodes = {actors[holder].record.node_id for holder in family}
 
     def spare(actor_id: str) -> int:
         pending = reserved.get(actor_id, 0) - len([c for c in plan.assume.get(actor_id, ()) if (actor_id, c) not in plan.repairs])
@@ -148,9 +153,9 @@ def _repair(
         plan.troubles.append(f"no free slot in any running actor for {copy.expert}; raise actors.free_slots or actors.standby")
         return
 
-    def cost(actor_id: str) -> tuple[bool, bool, int]:
+    def cost(actor_id: str) -> tuple[bool, bool, bool, bool, int]:
         node_id = actors[actor_id].record.node_id
-        return (node_id in nodes, not memory.has_stored(node_id, copy), -spare(actor_id))
+        return (node_id in nodes, node_id in family_nodes, actor_id in family, not memory.has_stored(node_id, copy), -spare(actor_id))
 
     best = min(fitting, key=cost)
     room[best].take(size_bytes)
@@ -159,8 +164,11 @@ def _repair(
     holders[copy].append(best)
 
 
-def _holding_expert(copy: CopyId, holders: Mapping[CopyId, Sequence[str]]) -> list[str]:
-    return [holder for other, names in holders.items() if other.expert == copy.expert for holder in names]
+def _by_expert(copies: Collection[CopyId]) -> dict[ExpertId, set[CopyId]]:
+    kin: dict[ExpertId, set[CopyId]] = defaultdict(set)
+    for copy in copies:
+        kin[copy.expert].add(copy)
+    return kin
 
 
 def _no_room(view: ActorView, copy: CopyId, size_bytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cluster.core.descriptors import DType
 
@@ -46,8 +46,21 @@ class ModelSpec(_Section):
     ladder: tuple[Rung, ...] = Field(
         ("shadow",),
         max_length=4,
-        description="what may answer for an expert without a full-precision copy, unless a request wants EXACT; tried in this order, and none after the last",
+        description="what may answer for an expert without a full-precision copy, unless a request wants EXACT; each once, tried in this order, none after"
+        " the last; `shadow`, if any, comes first",
     )
+
+    @field_validator("ladder")
+    @classmethod
+    def _rungs_are_in_order(cls, ladder: tuple[Rung, ...]) -> tuple[Rung, ...]:
+        twice = next((rung for rung in ladder if ladder.count(rung) > 1), None)
+        if twice is not None:
+            message = f"{twice} stands there twice; name each rung once"
+            raise ValueError(message)
+        if "shadow" in ladder[1:]:
+            message = "shadow must come first, if at all: copies in actors are asked before anything that a router holds; move it to the front"
+            raise ValueError(message)
+        return ladder
 
 
 class ActorsSpec(_Section):
@@ -93,7 +106,7 @@ class LivenessSpec(_Section):
 
     probe_s: PositiveFloat = Field(0.04, description="an actor that owes rows and has said nothing for so long is asked for its progress")
     suspect_s: PositiveFloat = Field(0.1, description="silent, or without progress beyond what its rows usually take, for so long: suspected")
-    eject_s: PositiveFloat = Field(0.2, description="and for so long: ejected, and its rows are sent elsewhere")
+    eject_s: PositiveFloat = Field(0.27, description="and for so long: ejected, and its rows are sent elsewhere")
     node_window_s: PositiveFloat = Field(0.2, description="two actors of one node lost within this time: the whole node is ejected")
     first_readmit_s: PositiveFloat = Field(
         0.25, description="after a first ejection it is tried again on real rows after so long, then after twice that, and so on"

@@ -87,9 +87,9 @@ class ActorObservation:
 
 @dataclass(frozen=True, slots=True)
 class GpuFault:
-    """An error of a GPU that its driver told (NVIDIA's Xid). `sequence` counts on its node; `is_device`: the device is to blame, not its program."""
+    """An error of a GPU that its driver told (NVIDIA's Xid), when by its node's clock; `is_device`: the device is to blame, not its program."""
 
-    sequence: int
+    unix_s: float
     device: str
     xid: int
     is_device: bool

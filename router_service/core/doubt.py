@@ -1,12 +1,13 @@
 """Whose fault a non-finite answer to finite rows is: the copy's, or the rows' own. Sans-io: answers in, the next question or a verdict out.
 
-Another full-precision copy is the witness: finite there, the first copy is to blame; not finite there either, the rows overflow healthy weights and
-nobody is. Without a witness the accused copy is asked for a golden row, which healthy weights answer with finite numbers. A shadow never testifies.
+Another full-precision copy is the witness: a row that is finite there and not with the accused copy blames the latter; the same rows not finite with
+both overflow healthy weights and nobody is to blame. A witness that fails on further rows tells nothing: the next one is asked. Without a witness the
+accused copy is asked for a golden row, which healthy weights answer with finite numbers. A shadow never testifies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -31,7 +32,7 @@ class Question:
 
 
 class Verdict(Enum):
-    """What came out. `BLAMED`: the accused copy; the witness's answer holds where there is one. `OVERFLOW`: the rows. `OPEN`: nobody could tell."""
+    """What came out. `BLAMED`: the accused copy; the witness's answer, where there is one, goes before its. `OVERFLOW`: the rows. `OPEN`: nobody could tell."""
 
     BLAMED = auto()
     OVERFLOW = auto()
@@ -39,10 +40,11 @@ class Verdict(Enum):
 
 
 class Doubt:
-    """One part's doubt. `next_full(asked)` names another full-precision copy, None when there is none left."""
+    """One part's doubt: rows `bad` of the accused copy's answer are not finite. `next_full(asked)` names another full-precision copy; None: no more."""
 
-    def __init__(self, accused: TableCopy, next_full: NextFull) -> None:
+    def __init__(self, accused: TableCopy, bad: Iterable[int], next_full: NextFull) -> None:
         self._accused = accused
+        self._bad = frozenset(bad)
         self._next_full = next_full
         self._asked = [accused]
         self._is_golden = False
@@ -51,11 +53,14 @@ class Doubt:
         """The first question."""
         return self._question()
 
-    def answered(self, *, is_finite: bool) -> Verdict:
-        """What the answer to the last question means."""
+    def answered(self, bad: Iterable[int]) -> Question | Verdict:
+        """What the answer to the last question means, whose rows `bad` are not finite."""
+        witnessed = frozenset(bad)
         if self._is_golden:
-            return Verdict.OVERFLOW if is_finite else Verdict.BLAMED
-        return Verdict.BLAMED if is_finite else Verdict.OVERFLOW
+            return Verdict.BLAMED if witnessed else Verdict.OVERFLOW
+        if self._bad - witnessed:
+            return Verdict.BLAMED
+        return Verdict.OVERFLOW if witnessed == self._bad else self._question()
 
     def unanswered(self) -> Question | Verdict:
         """The last one asked did not answer: ask another, or give up."""

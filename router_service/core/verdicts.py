@@ -67,7 +67,7 @@ class LivenessLimits:
 
     probe_s: float = 0.04
     suspect_s: float = 0.1
-    eject_s: float = 0.2
+    eject_s: float = 0.27
     node_window_s: float = 0.2
     first_readmit_s: float = 0.25
     max_readmit_s: float = 30.0

@@ -20,11 +20,12 @@ TORCH = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torc
 
 
 class FakeLanes:
-    """Lanes to actors that compute `forward(expert, version, rows)`. Every submit is in `requests`, every withdrawn one in `withdrawn`."""
+    """Lanes to actors that compute `forward(expert, version, rows)`. Submits are in `requests`, withdrawn ones in `withdrawn`, hints in `warmed`."""
 
     def __init__(self, forward: Forward) -> None:
         self.requests: list[SegmentRequest] = []
         self.withdrawn: list[SegmentRequest] = []
+        self.warmed: list[tuple[ExpertId, TableCopy]] = []
         self.queued: Counter[str] = Counter()
         self._forward = forward
         self._failures: defaultdict[str, deque[Exception]] = defaultdict(deque)
@@ -57,6 +58,10 @@ class FakeLanes:
     def burden(self, actor_id: str) -> float:
         """What the test put into `queued`."""
         return self.queued[actor_id]
+
+    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
+        """Remember the hint."""
+        self.warmed.append((expert, shadow))
 
     def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
         """Compute, fail or wait."""

@@ -6,13 +6,14 @@ from router_service.core.liveness import Liveness
 from router_service.core.verdicts import LivenessLimits, State, Verdict
 
 TICK_S = 0.020000001  # a shade over: what is due after five ticks is due then
+LIMITS = LivenessLimits(eject_s=0.2)  # ten ticks
 
 
 class Observed:
     """Actors `NODE/NAME` (device cpu) or `NODE/DEVICE/NAME`. Those in `silent` say nothing; the others answer pings, `frames_done` as it stands."""
 
     def __init__(self, *actors: str, limits: LivenessLimits | None = None) -> None:
-        self.limits = limits or LivenessLimits()
+        self.limits = limits or LIMITS
         self.liveness = Liveness(self.limits)
         self.now_s = 100.0
         self.silent: set[str] = set()

@@ -51,5 +51,6 @@ def run_in_virtual_time(work: Coroutine[Any, Any, _R], loop: VirtualLoop) -> _R:
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        if left:
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +14,10 @@ from cluster.cli.trace import show_last
 from cluster.cli.up_down import EXAMPLE_CONFIG, stage
 from cluster.config import load_config
 from cluster.core.errors import CheckpointError, ConfigError, MoeError, NotFound
+from cluster.core.spec import Rung
 from cluster.deploy.code_digest import PACKAGES
 from cluster.deploy.connection import FILE_NAME, Connection
+from cluster.registry.ladder_file import LADDER_FILE
 
 COMMANDS = ["up", "down", "status", "doctor", "generate", "config schema", "config check", "checkpoint manifest", "trace last"]
 
@@ -85,6 +88,18 @@ def test_taking_down_what_does_not_run_is_fine(tmp_path: Path) -> None:
         code, text = run("down", "--local", "--run-dir", str(tmp_path / "run"))
         assert code == 0
         assert "nothing ran" in text
+
+
+def test_what_up_local_serves_has_every_rung_and_may_be_struck() -> None:
+    """As the README has it: `moelastic up --local`, then `moelastic chaos run kill_actor`."""
+    spec = load_config(EXAMPLE_CONFIG)
+    (model,) = spec.models
+    assert model.shadow is not None
+    assert set(model.ladder) == set(get_args(Rung))
+    assert (model.path / LADDER_FILE).is_file()
+    assert spec.chaos == "allowed"
+    code, text = run("chaos", "validate", "kill_actor")
+    assert code == 0, text
 
 
 def test_a_staged_job_holds_our_packages_and_a_config_without_relative_paths(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,8 @@ def test_absolute_paths_stay() -> None:
         (MINIMAL + "router: {port: 99999}", ["router.port", "65535"]),
         (MINIMAL + "actors: {count: 0}", ["actors.count", "greater than 0"]),
         ("models: [{name: a, path: b}, {name: a, path: c}]", ["two models have the same name"]),
+        ("models: [{name: a, path: b, ladder: [shadow, dense, dense]}]", ["models.0.ladder: dense stands there twice; name each rung once"]),
+        ("models: [{name: a, path: b, ladder: [dense, shadow]}]", ["models.0.ladder: shadow must come first, if at all", "move it to the front"]),
         ("[1, 2]", ["a mapping is needed"]),
         ("", ["a mapping is needed"]),
         ("models: [", ["not YAML"]),
@@ -67,6 +70,12 @@ def test_a_wrong_config_is_refused_with_place_and_remedy(text: str, named: list[
     assert message.startswith("/deploy/cluster.yaml")
     for part in named:
         assert part in message
+
+
+@pytest.mark.parametrize("ladder", ["[]", "[dense]", "[shadow]", "[shadow, generalist, dense, fewer_experts]", "[fewer_experts, dense]"])
+def test_a_ladder_with_any_rungs_once_and_shadow_first_is_taken(ladder: str) -> None:
+    spec = parse_config(f"models: [{{name: a, path: b, ladder: {ladder}}}]", origin=Path("/x/y.yaml"))
+    assert list(spec.models[0].ladder) == yaml.safe_load(ladder)
 
 
 def test_every_error_of_a_config_is_named_at_once() -> None:

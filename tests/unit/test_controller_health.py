@@ -278,11 +278,11 @@ async def test_error_that_a_driver_blames_on_its_device_moves_its_copies_away_an
     await rig.deploy()
     life = rig.incarnation("actor-1")
     node_id = rig.fleet.actors[life].node_id
-    rig.fleet.gpu_faults[node_id] = (GpuFault(1, "cpu", 13, is_device=False),)
+    rig.fleet.gpu_faults[node_id] = (GpuFault(rig.clock.unix_s(), "cpu", 13, is_device=False),)
     for _ in range(8):
         await rig.step()
     assert rig.controller.snapshot().memory.quarantined == {}
-    rig.fleet.gpu_faults[node_id] += (GpuFault(2, "cpu", 79, is_device=True),)
+    rig.fleet.gpu_faults[node_id] += (GpuFault(rig.clock.unix_s(), "cpu", 79, is_device=True),)
 
     def never_without() -> None:
         assert all(rig.published_on(copy) for copy in rig.copies())
@@ -295,3 +295,24 @@ async def test_error_that_a_driver_blames_on_its_device_moves_its_copies_away_an
     for _ in range(8):
         await rig.step()
     assert rig.controller.snapshot().memory.quarantined == {}, "an error that was taken up counts once"
+    await rig.crash()
+    for _ in range(8):
+        await rig.step()
+    assert rig.controller.snapshot().memory.quarantined == {}, "and the release outlives the controller"
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0])
+async def test_an_error_after_the_release_counts_although_the_listener_began_anew(tmp_path: Path, ahead_s: float) -> None:
+    """A node's clock may be ahead of ours: what it told before the release is past by its own time."""
+    rig = ControlRig(tmp_path, nodes=5)
+    await rig.deploy()
+    node_id = rig.fleet.actors[rig.incarnation("actor-1")].node_id
+    for _ in range(2):
+        rig.fleet.gpu_faults[node_id] = (GpuFault(rig.clock.unix_s() + ahead_s, "cpu", 79, is_device=True),)
+        await rig.until(lambda: bool(rig.controller.snapshot().memory.quarantined))
+        assert rig.controller.release_device(f"{node_id}/cpu")
+        for _ in range(8):
+            await rig.step()
+        assert rig.controller.snapshot().memory.quarantined == {}
+        rig.fleet.gpu_faults.clear()  # the agent was restarted: its list begins anew
+        await rig.step()

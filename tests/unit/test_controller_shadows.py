@@ -139,6 +139,24 @@ async def test_a_lost_shadow_is_loaded_again_away_from_its_replica(rig: ControlR
         assert len(set(holders)) == len(holders) == 2
 
 
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+async def test_a_lost_replica_is_loaded_again_away_from_its_shadow(tmp_path: Path, nodes: int) -> None:
+    """Beside it, the next lost node would take both; also when the blob would have to be imported first."""
+    rig = ControlRig(tmp_path, shadowed(make_spec(actors=ActorsSpec(count=nodes * 2, free_slots=4, num_gpus=0.5))), nodes=nodes)
+    await rig.deploy()
+    mine = [copy for copy in copies_of(rig, Role.REPLICA) if published(rig, copy)[0].incarnation == rig.incarnation("actor-0")]
+    assert mine
+    rig.fleet.start_s = 60.0
+    rig.fleet.kill_actor(rig.incarnation("actor-0"))
+    await rig.step()
+    await rig.until(lambda: all(published(rig, copy) for copy in mine))
+    for copy in mine:
+        assert rig.controller.table is not None
+        copies = rig.controller.table.copies_of(copy.expert)
+        assert [entry.role for entry in copies] == [Role.REPLICA, Role.SHADOW]
+        assert len({node_of(rig, entry) for entry in copies}) == 2
+
+
 async def test_another_budget_replaces_the_shadows_and_touches_no_replica(rig: ControlRig) -> None:
     await rig.deploy()
     other = ShadowSpec(memory_fraction=0.3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,19 +86,21 @@ def heard(nvml: FakeNvml, *events: tuple[int, int]) -> list[GpuFault]:
 
 
 def test_errors_are_told_in_order_with_the_device_as_actors_name_it() -> None:
-    nvml = FakeNvml()
-    assert heard(nvml, (0, 79), (0, 13)) == [
-        GpuFault(1, "cuda-02345678", 79, is_device=True),
-        GpuFault(2, "cuda-02345678", 13, is_device=False),
+    nvml, before_s = FakeNvml(), time.time()
+    faults = heard(nvml, (0, 79), (0, 13))
+    assert [replace(fault, unix_s=0.0) for fault in faults] == [
+        GpuFault(0.0, "cuda-02345678", 79, is_device=True),
+        GpuFault(0.0, "cuda-02345678", 13, is_device=False),
     ]
+    assert before_s <= faults[0].unix_s <= faults[1].unix_s <= time.time()
     assert device_name("GPU-02345678-abcd") == "cuda-02345678"
     assert nvml.num_open == 0
     assert nvml.taken == ["freed"]
 
 
 def test_only_the_last_errors_are_kept() -> None:
-    faults = heard(FakeNvml(), *((0, 13) for _ in range(MAX_FAULTS + 5)))
-    assert [fault.sequence for fault in faults] == list(range(6, MAX_FAULTS + 6))
+    faults = heard(FakeNvml(), *((0, 100 + number) for number in range(MAX_FAULTS + 5)))
+    assert [fault.xid for fault in faults] == list(range(105, MAX_FAULTS + 105))
 
 
 def test_stopped_watch_ends_between_two_waits() -> None:

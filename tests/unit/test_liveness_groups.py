@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kit.liveness import Observed, kinds
-from router_service.core.verdicts import State
+from cluster.core.spec import LivenessSpec
+from kit.liveness import TICK_S, Observed, kinds
+from router_service.core.verdicts import LivenessLimits, State
+from router_service.router_parts import liveness_limits
 
 TWO_NODES = ("n0/a", "n0/b", "n0/c", "n0/d", "n1/a", "n1/b", "n1/c", "n1/d")
 TWO_GPUS = ("n0/cuda:0/a", "n0/cuda:0/b", "n0/cuda:0/c", "n0/cuda:1/d", "n0/cuda:1/e", "n1/cuda:0/f")
@@ -214,3 +216,36 @@ def test_a_late_observer_still_ejects_those_that_stay_silent() -> None:
     seen.now_s += 3.0
     assert seen.tick(late_s=3.0) == []
     assert kinds(seen.wait(0.16)) == ["Suspect", "Eject"]
+
+
+@pytest.mark.parametrize("stopped", [("n0/a",), ("n0/a", "n0/b")])
+@pytest.mark.parametrize("resumes_after_s", [0.05, 0.1, 0.18, 0.25])
+def test_by_default_a_stop_of_up_to_a_quarter_second_ejects_nobody(stopped: tuple[str, ...], resumes_after_s: float) -> None:
+    """Late rows are hedged long before; an ejection would cost the actor its trial, and the cluster a repair, for what is over already."""
+    seen = Observed("n0/a", "n0/b", "n1/a", "n1/b", "n2/a", limits=LivenessLimits())
+    seen.warm_up(*stopped)
+    seen.send(*stopped)
+    seen.silent.update(stopped)
+    resumes_s = seen.now_s + resumes_after_s
+    while seen.now_s + TICK_S <= resumes_s:
+        seen.wait(TICK_S)
+    seen.now_s = resumes_s
+    seen.silent.clear()
+    seen.answer(*stopped)
+    seen.wait(1.0)
+    assert "Eject" not in kinds(seen.log)
+    assert set(seen.states().values()) == {State.HEALTHY}
+
+
+@pytest.mark.parametrize("stopped", [("n0/a",), ("n0/a", "n0/b")])
+def test_by_default_a_stop_of_over_a_third_of_a_second_ejects_who_stopped(stopped: tuple[str, ...]) -> None:
+    seen = Observed("n0/a", "n0/b", "n1/a", "n1/b", "n2/a", limits=LivenessLimits())
+    seen.warm_up(*stopped)
+    seen.send(*stopped)
+    seen.silent.update(stopped)
+    seen.wait(0.34)
+    assert seen.ejected() == set(stopped)
+
+
+def test_the_spec_and_the_limits_agree_on_their_defaults() -> None:
+    assert liveness_limits(LivenessSpec()) == LivenessLimits()

@@ -1,15 +1,18 @@
 """Answers that are not finite: blamed on the copy that gave them, or on rows that overflow, never passed on and never on a healthy copy."""
 
+import asyncio
 import math
 
 import pytest
 import torch
 
-from cluster.core.errors import DataLoss, ExpertUnavailable, ReplicaCorrupt, ReplicaUnavailable
+from cluster.core.errors import DataLoss, ExpertUnavailable, Overloaded, ReplicaCorrupt, ReplicaUnavailable
 from cluster.core.ids import ExpertId, Role
 from cluster.core.routing_table import TableCopy
 from kit.lanes import copy_on
 from kit.pipelines import NAME, K, Setup, T, call, expected, expert_forward, setup, table, version_of
+from router_service.caller import tenant_of_call
+from router_service.core.segments import OnEnd, SegmentRequest, Withdraw
 from router_service.core.trust import Rank, Trust
 from router_service.pipeline import TopK
 
@@ -117,11 +120,81 @@ async def test_the_only_copy_convicted_leaves_the_call_unavailable_and_an_exact_
         assert Role.SHADOW not in {request.copy.role for request in made.lanes.requests}
 
 
+async def test_rows_that_overflow_excuse_no_copy_that_fails_on_others() -> None:
+    """The copy with a NaN is blamed although its witness overflows, too; of the rows only those are named that overflow."""
+    made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), busy=("a1",))
+
+    def forward(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+        answer = overflowing(expert, version, rows) if expert.index == 2 else expert_forward(expert, version, rows)
+        return answer * math.nan if version == SICK else answer
+
+    made.lanes._forward = forward
+    asked = chosen()
+    asked.hidden_states[3] = 1e30
+    with pytest.raises(DataLoss) as lost:
+        await made.pipeline.run(asked)
+    assert lost.value.failed_rows == (3,)
+    assert [copy.version for _, copy, _ in made.pipeline.dispatcher.trust.take_accusations()] == [SICK]
+
+
 async def test_a_witness_that_does_not_answer_is_replaced_by_the_next() -> None:
     made = made_of((Role.REPLICA, SICK), (Role.REPLICA, version_of(2)), (Role.REPLICA, version_of(2)), busy=("a1", "a2"))
     made.lanes.break_actor("a1", ReplicaUnavailable("reset"))
     reply = await made.pipeline.run(chosen())
     assert reply.report.exact == 8
+
+
+async def test_who_may_accuse_nobody_any_more_is_still_answered_by_the_shadow() -> None:
+    """The quota keeps a tenant from talking a router out of its copies; it is no reason to ask the sick copy again and then to blame the rows."""
+    made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
+    trust, tenant = made.pipeline.dispatcher.trust, tenant_of_call.get()
+    now_s = asyncio.get_running_loop().time()
+    while trust.accuse(ExpertId(NAME, 0, 5), copy_on("elsewhere", version_of(5)), "non_finite", by=tenant, now_s=now_s):
+        pass
+    asked = chosen()
+    reply = await made.pipeline.run(asked)
+    assert (reply.report.exact, reply.report.shadow) == (6, 2)
+    assert torch.equal(reply.hidden_states, expected(asked, made.model))
+    assert [request.copy.version for request in made.lanes.requests if request.expert.index == 2] == [SICK, SICK, version_of(2)]  # the second: golden
+
+
+@pytest.mark.parametrize("has_shadow", [False, True])
+async def test_where_nobody_can_tell_the_copy_is_not_asked_again_and_the_rows_are_not_blamed(has_shadow: bool) -> None:
+    made = made_of((Role.REPLICA, SICK), *[(Role.SHADOW, version_of(2))] * has_shadow)
+
+    def forward(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+        if version == SICK and len(rows) == 1:
+            message = "gone before the golden row"
+            raise ReplicaUnavailable(message)
+        return sick_forward(expert, version, rows)
+
+    made.lanes._forward = forward
+    if has_shadow:
+        assert (await made.pipeline.run(chosen())).report.shadow == 2
+    else:
+        with pytest.raises(ExpertUnavailable, match="not finite") as lost:
+            await made.pipeline.run(chosen())
+        assert lost.value.failed_rows == (1, 3)
+    assert sum(request.copy.version == SICK for request in made.lanes.requests) == 2
+
+
+async def test_a_doubt_that_ends_the_call_withdraws_the_questions_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_of((Role.REPLICA, version_of(2)))
+    made.lanes._forward = lambda expert, version, rows: expert_forward(expert, version, rows) * math.nan
+    begin, withdrawn = made.lanes.begin, []
+
+    def refusing(request: SegmentRequest, on_end: OnEnd) -> Withdraw:
+        if len(request.rows) > 1:
+            return begin(request, on_end)
+        if request.expert.index == 2:
+            asyncio.get_running_loop().call_soon(on_end, Overloaded("full"))
+        return lambda: withdrawn.append(request.expert.index)
+
+    monkeypatch.setattr(made.lanes, "begin", refusing)
+    with pytest.raises(Overloaded):
+        await made.pipeline.run(chosen())
+    await asyncio.sleep(0)
+    assert sorted(withdrawn) == [0, 1, 2]
 
 
 async def test_a_checksum_that_fails_sends_the_rows_to_another_copy_and_accuses_the_first() -> None:

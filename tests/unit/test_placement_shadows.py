@@ -11,7 +11,8 @@ import pytest
 
 from cluster.core.descriptors import Manifest, ShadowRecord
 from cluster.core.ids import CopyId, Role
-from cluster.core.placement import Layout, Shape, copy_bytes, lay_out, shape_of, wanted_copies
+from cluster.core.memory import Memory
+from cluster.core.placement import Layout, Shape, copy_bytes, lay_out, shape_of, stock_missing, wanted_copies
 from cluster.core.spec import ActorsSpec, ClusterSpec, ModelSpec, ShadowSpec
 from kit.fleet import make_manifest
 
@@ -128,6 +129,27 @@ def test_random_layouts_keep_shadows_apart_within_the_limit() -> None:
         assert len(homes) + len(layout.homeless) == len(manifest.shadows)
         for copy, home in homes.items():
             assert home not in replica_homes(layout, copy)
+
+
+def test_stock_lies_beside_neither_the_replicas_nor_the_shadow_where_nodes_are_left() -> None:
+    rng = random.Random(23)
+    num_beside = 0
+    for seed in range(200):
+        manifest = shadowed(make_manifest(layers=rng.randint(1, 6), experts=rng.randint(2, 9)), rng.random(), seed)
+        num_nodes = rng.randint(1, 6)
+        _, layout, node_of = laid_out(spec_of(rng.randint(1, 2), count=rng.randint(2, 12)), manifest, num_nodes)
+        stock = {copy: node_id for (node_id, _), copies in stock_missing(layout, node_of, Memory()).items() for copy in copies}
+        nodes, shadows = set(node_of.values()), {copy.expert: node_of[home] for copy, home in shadow_homes(layout).items()}
+        for copy, homes in layout.homes.items():
+            if copy.role is Role.SHADOW:
+                continue
+            taken = {node_of[home] for home in homes}
+            assert (copy in stock) == bool(nodes - taken)
+            if copy in stock:
+                assert stock[copy] not in taken
+                assert stock[copy] != shadows.get(copy.expert) or nodes == taken | {stock[copy]}
+                num_beside += stock[copy] == shadows.get(copy.expert)
+    assert num_beside  # with two nodes there is no third
 
 
 def test_sizes_count_shadows_packed() -> None:
