@@ -254,6 +254,7 @@ class Repetition:
     async def _record(self, started: str, begin_s: float, finish: Finish) -> Record:
         session, scenario = self._session, self._scenario
         metrics: dict[str, float | None] = {}
+        odd: dict[str, str] = {}
         struck: list[float] = []
         quiet: list[float] = []
         if finish.ending in {Ending.PASSED, Ending.DEVIATED}:
@@ -268,6 +269,7 @@ class Repetition:
                 whole_again_s=self._whole_again_s,
             )
             metrics = measure(seen)
+            odd = {name: session.checker.reasons[name] for name in sorted(seen.wrong_answers | seen.unchecked_answers)}
             struck, quiet = ([round(value, 2) for value in latencies_ms(found)] for found in (affected(seen), control(seen)))
         return Record(
             scenario=self._file.name,
@@ -287,5 +289,6 @@ class Repetition:
             metrics={name: None if value is None else round(value, 4) for name, value in metrics.items()},
             affected_ms=struck,
             control_ms=quiet,
+            odd=odd,
             machine={"cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "peak_rate": round(session.peak, 1)},
         )

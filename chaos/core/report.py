@@ -74,7 +74,10 @@ class ActionRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """One repetition of a scenario. Latencies are of answered requests, in ms: alive within `affected_s` of the fault, and in the control window before it."""
+    """One repetition of a scenario. Latencies are of answered requests, in ms: alive within `affected_s` of the fault, and in the control window before it.
+
+    `odd`: why a kept reply, by its name, counts as wrong or could not be replayed.
+    """
 
     scenario: str
     digest: str
@@ -93,6 +96,7 @@ class Record(BaseModel):
     metrics: dict[str, float | None]
     affected_ms: list[float]
     control_ms: list[float]
+    odd: dict[str, str] = {}
     machine: dict[str, Any] = {}
 
     @property
