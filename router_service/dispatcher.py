@@ -84,7 +84,7 @@ class Hedging:
 
     def charge(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
         """Whether rows that have been under way for so long may be sent to this other copy, too; if so they are charged."""
-        is_due = other.role is Role.REPLICA or late_s >= self.min_shadow_delay_s
+        is_due = other.role is Role.REPLICA or late_s >= max(self.min_shadow_delay_s, _SHADOW_PATIENCE * self.lateness.delay_s(num_rows))
         return is_due and self.budget.take(num_rows)
 
 
@@ -266,7 +266,7 @@ class _UnderWay:
         if hedging is not None:
             now_s = self._loop.time()
             for attempt in (key[1], *losers):  # also of those who lost: else only the fast would be seen
-                hedging.lateness.observe(rows.num_rows, now_s - self._sent_s[key[0], attempt])
+                hedging.lateness.observe(rows.num_rows, now_s - self._sent_s[key[0], attempt], now_s)
         self._job.replies[rows.index] = reply
         if self._spans is not None:
             self._spans.answered(*key, reply)
@@ -295,6 +295,8 @@ class _UnderWay:
 
 
 _LOOK_AGAIN_S = 0.005
+# On a machine that is merely busy a shadow is no faster, and its answer is not exact.
+_SHADOW_PATIENCE = 1.5
 
 
 def _actor_of(order: Send) -> str:

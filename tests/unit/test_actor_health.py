@@ -126,7 +126,7 @@ async def test_late_rows_are_hedged_and_the_first_success_wins_without_an_ejecti
     async with router(2, hedge_s=0.01) as made:
         lateness = made.pipeline.dispatcher.hedging.lateness
         for _ in range(64):
-            lateness.observe(8, 0.001)
+            lateness.observe(8, 0.001, 0.0)
         made.actors[0].compute.gate.clear()
         reply = await made.pipeline.run(call(want_plan=True))
         assert reply.report.shadow == T * K
