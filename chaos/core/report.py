@@ -12,7 +12,8 @@ from chaos.core.run_machine import Ending
 from chaos.core.tolerance import Tolerance, Verdict
 
 SUMMED = (
-    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections", "redispatches"
+    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections",
+    "redispatches", "inexact_elsewhere",
 )  # fmt: skip
 SPREAD = (
     "first_other_ms",
