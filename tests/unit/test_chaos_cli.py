@@ -90,6 +90,13 @@ def test_the_exit_code_says_how_it_ended(ending: Ending, fake: FakeCluster, monk
     assert fake.done == []
 
 
+def test_a_cluster_that_does_not_answer_is_no_fault_of_the_scenario(fake: FakeCluster) -> None:
+    fake.is_silent = True
+    code, text = invoke("run", "kill_actor", "--yes")
+    assert code == Ending.BASELINE_NOT_MET
+    assert "the controller does not answer" in text
+
+
 def test_a_dry_run_names_its_target_and_strikes_nobody(fake: FakeCluster) -> None:
     code, text = invoke("run", "kill_actor", "--dry", "--seed", "5")
     assert code == 0
