@@ -203,7 +203,8 @@ class Repetition:
         for wait_s in (min(FIRST_ASK_S, self._scenario.affected_s), self._scenario.affected_s):
             await asyncio.sleep(max(0.0, at_s + wait_s - time.monotonic()))
             known.append(await asyncio.to_thread(self._session.distrust_s, self._fault_s()))
-        self._facts.setdefault("sched_wait_ms", 1e3 * (self._session.wait_s() - waited_s) / max(0.1, time.monotonic() - at_s))
+        if (more_s := self._session.wait_s() - waited_s) >= 0.0:  # else it was the router that was killed
+            self._facts.setdefault("sched_wait_ms", 1e3 * more_s / max(0.1, time.monotonic() - at_s))
         if found := [known_s for known_s in known if known_s is not None]:
             self._facts.setdefault("router_detected_ms", 1e3 * (min(found) - self._fault_s()))
 

@@ -23,7 +23,8 @@ class CountedLanes:
         self._loads: Counter[ExpertId] = Counter()
 
     def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
-        """Begin, and count the rows once: a further try of the same segment is no new load."""
+        """Begin, and count the rows once as load, and with every try as sent: those of a hedge that loses were sent, too."""
+        self._metrics.link_bytes("sent", request.rows.nbytes)
         if request.attempt == 0:
             self._loads[request.expert] += len(request.rows)
             if self._expert_series:
@@ -35,7 +36,6 @@ class CountedLanes:
 
     def _ended(self, on_end: OnEnd, outcome: SegmentReply | MoeError) -> None:
         if isinstance(outcome, SegmentReply):
-            self._metrics.link_bytes("sent", outcome.bytes_sent)
             self._metrics.link_bytes("received", outcome.bytes_received)
         on_end(outcome)
 
