@@ -108,6 +108,7 @@ class Dispatcher:
         self.tracing = tracing
         self.trust = trust or Trust()
         self.hedging = hedging
+        self.stalled_s = 0.0
         self._due: list[tuple[float, int, _UnderWay]] = []
         self._num_due = 0
 
@@ -124,8 +125,9 @@ class Dispatcher:
         """When `pulse` has something to look at; None: nothing is under way."""
         return self._due[0][0] if self._due else None
 
-    def pulse(self, now_s: float) -> None:
-        """Hedge what is late by now."""
+    def pulse(self, now_s: float, late_s: float = 0.0) -> None:
+        """Hedge what is late by now. `late_s` of the time since the last pulse this process did not run: no rows are late for that."""
+        self.stalled_s += late_s
         while self._due and self._due[0][0] <= now_s:
             heapq.heappop(self._due)[2].look(now_s)
 
@@ -191,7 +193,7 @@ class _UnderWay:
         for number, part in enumerate(self._flight.parts):
             if not self._flight.can_hedge(number):
                 continue
-            late_s = now_s - self._sent_s[number, next(iter(part.live))]
+            late_s = now_s - self._desk.stalled_s - self._sent_s[number, next(iter(part.live))]
             if late_s < hedging.lateness.delay_s(part.rows.num_rows):
                 continue
             if (order := self._flight.hedge(number, partial(hedging.charge, late_s))) is not None:
@@ -210,7 +212,7 @@ class _UnderWay:
             if self._flight.can_hedge(number)
         ]
         if due_s:
-            self._desk.watch(self, max(min(due_s), now_s + _LOOK_AGAIN_S))
+            self._desk.watch(self, max(min(due_s) + self._desk.stalled_s, now_s + _LOOK_AGAIN_S))
 
     def _pick(self, index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
         return self._desk.pick(self._job, self._experts[index], tried)
@@ -239,7 +241,7 @@ class _UnderWay:
             )
             if hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
                 (hedging.budget.asked if order.why is Why.FIRST else hedging.budget.resent)(rows.num_rows)
-            self._sent_s[key] = self._loop.time()
+            self._sent_s[key] = self._loop.time() - self._desk.stalled_s
             withdraw = self._desk.lanes.begin(request, lambda outcome, key=key: self._ended(key, outcome))  # type: ignore[misc]
             if key[1] in self._flight.parts[key[0]].live:
                 self._withdraws[key] = withdraw
@@ -266,7 +268,7 @@ class _UnderWay:
         if hedging is not None:
             now_s = self._loop.time()
             for attempt in (key[1], *losers):  # also of those who lost: else only the fast would be seen
-                hedging.lateness.observe(rows.num_rows, now_s - self._sent_s[key[0], attempt], now_s)
+                hedging.lateness.observe(rows.num_rows, now_s - self._desk.stalled_s - self._sent_s[key[0], attempt], now_s)
         self._job.replies[rows.index] = reply
         if self._spans is not None:
             self._spans.answered(*key, reply)

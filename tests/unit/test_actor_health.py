@@ -151,13 +151,30 @@ async def test_an_exact_call_is_hedged_to_replicas_only() -> None:
         assert not made.actors[1].compute.frames
 
 
+async def test_no_rows_are_late_for_the_time_that_the_router_itself_did_not_run() -> None:
+    async with router(2, hedge_s=0.05) as made:
+        made.health.close()  # no beats but those of this test
+        dispatcher = made.pipeline.dispatcher
+        for _ in range(64):
+            dispatcher.hedging.lateness.observe(8, 0.001, 0.0)
+        made.actors[0].compute.gate.clear()
+        waiting = asyncio.create_task(made.pipeline.run(call()))
+        await until(lambda: bool(made.actors[0].compute.frames))
+        now_s = asyncio.get_running_loop().time()
+        dispatcher.pulse(now_s + 60.0, 60.0)
+        assert dispatcher.hedging.budget.hedged_rows == 0
+        dispatcher.pulse(now_s + 120.0)
+        assert dispatcher.hedging.budget.hedged_rows == T * K
+        assert (await waiting).report.shadow == T * K
+
+
 async def test_idle_actors_are_never_accused() -> None:
     async with router(3) as made:
         for actor in made.actors:
             actor.compute.gate.clear()
         beats = 0
 
-        def count(_: float) -> None:
+        def count(_now_s: float, _late_s: float) -> None:
             nonlocal beats
             beats += 1
 
