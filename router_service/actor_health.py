@@ -87,7 +87,7 @@ class ActorHealth:
     def sent(self, lane: ActorLane, num_tokens: int) -> None:
         """A frame went out. One on trial gets no second one before its answer."""
         self._liveness.sent(lane.name, num_tokens, self._loop.time())
-        if not self._trust.is_calm and self._liveness.state(lane.name) is State.ON_TRIAL:
+        if self._liveness.state(lane.name) is State.ON_TRIAL:
             self._trust.set_actor(lane.name, Rank.DOUBTFUL)
         self.hurry()
 

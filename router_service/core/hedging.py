@@ -19,6 +19,7 @@ _MIN_SAMPLES = 32
 _HALF_LIFE_S = 2.0
 _MIN_FADING = 256.0
 _REFRESH = 16
+_MOST_LATE = 2.0
 
 
 class HedgeBudget:
@@ -91,10 +92,15 @@ class Lateness:
         self._quantiles_s = [0.0] * _NUM_SIZES
 
     def observe(self, num_rows: int, took_s: float, now_s: float) -> None:
-        """A segment of so many rows took so long, or was withdrawn after so long."""
+        """A segment of so many rows took so long, or was withdrawn after so long.
+
+        It counts for no more than a multiple of what is late: a few rows that a lost actor held do not excuse the next one, many that are slow still do.
+        """
         size = _size(num_rows)
         if now_s >= self._fading_s[size]:
             self._fade(size, now_s)
+        if (learned_s := self._quantiles_s[size]) > 0.0:
+            took_s = min(took_s, _MOST_LATE * max(learned_s, self._min_delay_s))
         self._counts[size][_step(took_s)] += 1.0
         self._totals[size] += 1.0
         self._unread[size] += 1

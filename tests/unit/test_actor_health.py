@@ -19,7 +19,7 @@ from kit.pipelines import NAME, E, K, T, call, served
 from router_service.actor_health import ActorHealth
 from router_service.core.hedging import HedgeBudget, Lateness
 from router_service.core.liveness import Liveness
-from router_service.core.trust import Trust
+from router_service.core.trust import Rank, Trust
 from router_service.core.verdicts import LivenessLimits, State
 from router_service.dispatcher import Hedging
 from router_service.lanes import Lanes
@@ -109,6 +109,22 @@ async def test_an_actor_that_answers_again_is_trusted_again() -> None:
                 await asyncio.sleep(0)
         await until(lambda: made.trust.is_calm)
         assert (await made.pipeline.run(call())).report.exact == T * K
+
+
+async def test_an_actor_on_trial_gets_no_rows_beside_its_trial_though_nobody_else_is_distrusted() -> None:
+    async with router(2, roles=(Role.REPLICA, Role.REPLICA)) as made:
+        name = str(made.actors[0].endpoint.incarnation)
+        made.actors[0].compute.gate.clear()
+        waiting = asyncio.create_task(made.lanes.submit(request(made.actors[0].endpoint, random_rows(3))))
+        with pytest.raises(ReplicaUnavailable, match="ejected"):
+            await waiting
+        await until(lambda: made.trust.is_calm)
+        trial = asyncio.create_task(made.lanes.submit(request(made.actors[0].endpoint, random_rows(3))))
+        await until(lambda: made.health.state(name) is State.ON_TRIAL and not made.health._liveness.may_send(name))
+        assert made.trust.actors == {name: Rank.DOUBTFUL}
+        made.actors[0].compute.gate.set()
+        assert len((await trial).rows) == 3
+        await until(lambda: made.trust.is_calm)
 
 
 async def test_a_late_answer_of_an_ejected_actor_reaches_nobody() -> None:

@@ -122,6 +122,16 @@ def test_a_spell_of_slowness_is_forgotten_within_seconds_under_load_and_a_minute
     assert lateness.delay_s(8) < 0.02
 
 
+def test_a_few_rows_that_a_lost_actor_held_do_not_excuse_the_next_ones_and_many_slow_ones_do() -> None:
+    lateness = observed([0.01] * 400)
+    for _ in range(16):
+        lateness.observe(8, 5.0, 0.0)
+    assert lateness.delay_s(8) < 0.03
+    for _ in range(400):
+        lateness.observe(8, 0.2, 0.0)
+    assert lateness.delay_s(8) >= 0.2
+
+
 def test_what_is_hardly_asked_is_not_forgotten() -> None:
     lateness = observed([0.2] * 255)
     for number in range(2):
