@@ -71,9 +71,15 @@ async def test_a_method_beyond_the_blast_radius_strikes_nobody() -> None:
 
 
 async def test_a_deviation_afterwards_fails_the_run() -> None:
-    record = await run(FakeSession(failures=[0, 1]), method=[action()])
+    record = await run(FakeSession(failures=[0, 1, 1, 1]), method=[action()])
     assert record.ending == "DEVIATED"
     assert record.reason.startswith("after: availability")
+
+
+async def test_a_steady_state_that_comes_back_a_moment_later_is_met_and_what_failed_meanwhile_counts() -> None:
+    record = await run(FakeSession(failures=[0, 1, 0, 1]), method=[action()])  # before, twice after, and the whole repetition
+    assert record.ending == "PASSED"
+    assert record.metrics["failed"] == 1
 
 
 async def test_a_guard_ends_the_run_and_what_was_stopped_goes_on() -> None:
