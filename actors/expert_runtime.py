@@ -112,7 +112,8 @@ class ExpertRuntime:
             max_experts=config.expanded_max,
             max_waiting=max_queued_frames,
             staging=lambda: open_staging(device),
-            expand=self._load_checked,
+            expand=self._load,
+            complete=self._add_checksums,
             on_sticky=on_sticky,
         )
         self._redigester = Redigester(config.redigest_s, staging=lambda: open_staging(device), on_changed=self._on_changed)
@@ -281,9 +282,12 @@ class ExpertRuntime:
         if self._config.layout == "packed" and blob.kind == "expert":
             weights = with_packed(weights)
         weights.digests.update(digests_of(weights.tensors))
+        self._add_checksums(weights)
+        return weights
+
+    def _add_checksums(self, weights: ExpertWeights) -> None:
         if self._config.abft_fraction > 0:
             weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items() if tensor.dim() > 1})
-        return weights
 
     def _on_wrong(self, weights: ExpertWeights) -> None:
         """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again. Packed matrices are not used any more."""

@@ -17,7 +17,10 @@ class Audit:
     def __init__(self, weights: Iterable[ExpertWeights]) -> None:
         self.faults: dict[ExpertWeights, str] = {}
         self._known: dict[int, tuple[ExpertWeights, BlockSums]] = {
-            expert.tensors[name].data_ptr(): (expert, sums) for expert in weights for name, sums in expert.checksums.items()
+            # A copy of the items, made in one step: those of a shadow come a little after its first frame, from another thread.
+            expert.tensors[name].data_ptr(): (expert, sums)
+            for expert in weights
+            for name, sums in tuple(expert.checksums.items())
         }
 
     def __call__(self, x_TI: Tensor, weight_OI: Tensor, y_TO: Tensor) -> None:

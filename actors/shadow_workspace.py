@@ -11,6 +11,8 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +23,7 @@ from actors.staging import Staging
 from cluster.core.ids import CopyId
 
 Expanded = Mapping[CopyId, ExpertWeights]
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -40,12 +43,15 @@ class ShadowWorkspace:
         max_waiting: int,
         staging: Callable[[], Staging],
         expand: Callable[[StoredBlob, torch.device], ExpertWeights],
+        complete: Callable[[ExpertWeights], None] = lambda _weights: None,
         on_sticky: Callable[[BaseException], None],
     ) -> None:
+        """`complete` is called for what was expanded once those who waited for it have it: what they need not wait for."""
         self._max_experts = max_experts
         self._max_waiting = max_waiting
         self._open_staging = staging
         self._expand = expand
+        self._complete = complete
         self._on_sticky = on_sticky
         self._changed = threading.Condition()
         self._packed: dict[CopyId, StoredBlob] = {}
@@ -150,8 +156,7 @@ class ShadowWorkspace:
         torch.set_num_threads(1)
         staging = self._open_staging()
         while (request := self._next()) is not None:
-            for copy in dict.fromkeys(request.copies):
-                self._provide(copy, staging)
+            made = [self._provide(copy, staging) for copy in dict.fromkeys(request.copies)]
             with self._changed:
                 found = self._found(request.copies)
                 self._is_expanding = False
@@ -160,6 +165,10 @@ class ShadowWorkspace:
             except Exception:
                 # A link that is gone must not take the other links' shadows with it; the router sees the loss itself.
                 logger.exception("expanded shadows could not be handed on")
+            for weights in made:
+                if weights is not None:
+                    self._attempt(partial(self._complete, weights), staging)
+            del made, found, request, weights  # nothing here may keep weights that were thrown out
 
     def _next(self) -> _Request | None:
         with self._changed:
@@ -174,25 +183,32 @@ class ShadowWorkspace:
             self._in_use[copy] += 1
             return _Request((copy,), lambda _found: self.give_back([copy]))
 
-    def _provide(self, copy: CopyId, staging: Staging) -> None:
+    def _provide(self, copy: CopyId, staging: Staging) -> ExpertWeights | None:
+        """Expand a shadow that is not expanded; None when nothing was done."""
         with self._changed:
             packed = self._packed.get(copy)
             if copy in self._expanded or packed is None:
-                return
+                return None
+        weights = self._attempt(partial(self._expand, packed, staging.device), staging)
+        with self._changed:
+            # A hint takes no lease: the slot may have been freed meanwhile.
+            if weights is not None and self._packed.get(copy) is packed:
+                self._expanded[copy] = weights
+                self._trim()
+                return weights
+        return None
+
+    def _attempt(self, work: Callable[[], Result], staging: Staging) -> Result | None:
         try:
             with staging.scope(), torch.inference_mode():
-                weights = self._expand(packed, staging.device)
+                result = work()
                 staging.settle()
         except Exception as error:  # noqa: BLE001  (whatever an expansion raises, its shadow does not answer; other copies do)
             if error_kind(error) is ErrorKind.STICKY:
                 self._on_sticky(error)
             staging.free()
-            return
-        with self._changed:
-            # A hint takes no lease: the slot may have been freed meanwhile.
-            if self._packed.get(copy) is packed:
-                self._expanded[copy] = weights
-                self._trim()
+            return None
+        return result
 
     def _found(self, copies: Sequence[CopyId]) -> Expanded:
         found = {copy: self._expanded[copy] for copy in copies if copy in self._expanded}

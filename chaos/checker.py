@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.core.errors import MoeError, NotFound
+from router_service.core.outcomes import OUTCOME_NAMES, Outcome, Plan
 
 if TYPE_CHECKING:
     from router_service.fallbacks import FallbackWeights
@@ -30,16 +32,19 @@ class Checker:
         self._weights = lru_cache(MAX_LOADED)(self._load)
 
     def check(self, names: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
-        """Which of these replies are wrong, and which could not be replayed; `reasons` says why."""
-        for name in set(names) - set(self._found):
-            self._found[name] = self._is_right(name)
+        """Which of these replies are wrong, and which could not be replayed; `reasons` says why. The latter are tried again when asked again."""
         wanted = set(names)
-        return frozenset(name for name in wanted if self._found[name] is False), frozenset(name for name in wanted if self._found[name] is None)
+        for name in wanted - set(self._found):
+            self.reasons.pop(name, None)
+            self._found[name] = self._is_right(name)
+        wrong, unknown = (frozenset(name for name in wanted if self._found[name] is found) for found in (False, None))
+        for name in unknown:  # it may not have been written yet
+            del self._found[name]
+        return wrong, unknown
 
     def _is_right(self, name: str) -> bool | None:
         import torch
 
-        from router_service.core.outcomes import Plan
         from router_service.replay import replay
 
         torch.set_num_threads(1)
@@ -52,10 +57,10 @@ class Checker:
         except (MoeError, OSError, KeyError, ValueError) as error:
             self.reasons[name] = f"{type(error).__name__}: {error}"
             return None
-        is_equal = bool(torch.equal(again_TD.view(torch.uint16), torch.from_numpy(arrays["rows"])))
-        if not is_equal:
-            self.reasons[name] = "the reply differs from what its plan gives"
-        return is_equal
+        bad_T = (again_TD.view(torch.uint16).numpy() != arrays["rows"]).any(axis=1)
+        if bad_T.any():
+            self.reasons[name] = _difference(plan, bad_T)
+        return not bad_T.any()
 
     def _load(self, digest: str) -> FallbackWeights:
         from actors.expert_store import ExpertStore
@@ -66,3 +71,14 @@ class Checker:
                 return from_store(ExpertStore(store))(digest)
         message = f"no store of this machine holds {digest[:12]}; the reply cannot be replayed"
         raise NotFound(message, resource="expert version", name=digest[:12])
+
+
+def _difference(plan: Plan, bad_T: NDArray[np.bool_]) -> str:
+    """Which rows a reply has otherwise than its plan, and who answered for them: what a search for the cause begins with."""
+    answered = {
+        f"{expert} by {OUTCOME_NAMES[Outcome(outcome)]} of generation {generation}, attempt {attempt}"
+        for expert, outcome, generation, attempt in zip(
+            *(array[bad_T].ravel().tolist() for array in (plan.expert_ids, plan.outcomes, plan.generations, plan.attempts)), strict=True
+        )
+    }
+    return f"rows {np.flatnonzero(bad_T).tolist()} of {bad_T.size} differ from what the plan gives; experts there: {'; '.join(sorted(answered))}"

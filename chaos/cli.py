@@ -164,6 +164,6 @@ def _tell(outcome: Outcome, path: Path) -> None:
 
 
 def _refused(error: MoeError) -> typer.Exit:
-    """Say why, on stderr, and end with the code of a scenario that cannot be run."""
+    """Say why, on stderr, and end with the code of a scenario that cannot be run, or of a cluster that is not in a state to be struck."""
     typer.echo(f"{error.reason}: {error}", err=True)
-    return typer.Exit(Ending.BAD_SCENARIO)
+    return typer.Exit(Ending.BAD_SCENARIO if isinstance(error, ConfigError) else Ending.BASELINE_NOT_MET)

@@ -128,7 +128,12 @@ class Session:
         if sent is not None:
             found["rows_sent"] = sent / (self.layer.hidden_size * BF16_BYTES)
             found["rows_needed"] = float(sum(sum(request.outcomes[:2]) for request in requests if request.is_ok and request.end_s >= self._counted_s))
-        for name, series in (("redispatches", "moe_redispatches_total"), ("router_ejections", "moe_ejections_total")):
+        series_of = {
+            "redispatches": "moe_redispatches_total",
+            "hedges": 'moe_redispatches_total{reason="hedge"}',
+            "router_ejections": "moe_ejections_total",
+        }
+        for name, series in series_of.items():
             if (growth := grown(self._counters, after, series)) is not None:
                 found[name] = growth
         return found

@@ -34,7 +34,7 @@ class ActorHealth:
         """Belongs to the running event loop; beats from `start` on."""
         self.changed = asyncio.Event()
         self.evidence: dict[str, str] = {}
-        self.on_pulse: Callable[[float], None] = lambda _: None
+        self.on_pulse: Callable[[float, float], None] = lambda _now_s, _late_s: None
         self.num_ejections = 0
         self._liveness = liveness
         self._trust = trust
@@ -89,7 +89,7 @@ class ActorHealth:
         if self._metrics is not None:
             self._metrics.link_bytes("sent", num_bytes)
         self._liveness.sent(lane.name, num_tokens, self._loop.time())
-        if not self._trust.is_calm and self._liveness.state(lane.name) is State.ON_TRIAL:
+        if self._liveness.state(lane.name) is State.ON_TRIAL:
             self._trust.set_actor(lane.name, Rank.DOUBTFUL)
         self.hurry()
 
@@ -144,7 +144,7 @@ class ActorHealth:
                 if (lane := self._lanes.get(name)) is not None:
                     lane.probe()
             self._carry_out(self._liveness.tick(now_s, late_s=late_s))
-            self.on_pulse(now_s)
+            self.on_pulse(now_s, late_s)
         finally:
             self._schedule(BEAT_S if self._liveness.is_anybody_owing else IDLE_BEAT_S)
 

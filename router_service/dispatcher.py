@@ -89,15 +89,18 @@ class Hedging:
 
     def charge(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
         """Whether rows that have been under way for so long may be sent to this other copy, too; if so they are charged."""
-        is_due = other.role is Role.REPLICA or late_s >= self.min_shadow_delay_s
+        is_due = other.role is Role.REPLICA or late_s >= self._shadow_delay_s(num_rows)
         return is_due and self.budget.take(num_rows)
 
-    def is_near(self, late_s: float, other: TableCopy) -> bool:
-        """Whether this other copy is a shadow that rows which are late by so much may soon be sent to: half of the delay is left to expand it.
+    def is_near(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
+        """Whether this other copy is a shadow that rows which are late by so much may soon be sent to, so that it should be expanded by then.
 
         Not from the first moment: a hundredth of all rows are late, and expanding shadows for those would cost their holders more than it saves.
         """
-        return other.role is Role.SHADOW and self.min_shadow_delay_s / 2 <= late_s < self.min_shadow_delay_s
+        return other.role is Role.SHADOW and self.min_shadow_delay_s / 2 <= late_s < self._shadow_delay_s(num_rows)
+
+    def _shadow_delay_s(self, num_rows: int) -> float:
+        return max(self.min_shadow_delay_s, _SHADOW_PATIENCE * self.lateness.delay_s(num_rows))
 
 
 class Dispatcher:
@@ -120,6 +123,7 @@ class Dispatcher:
         self.tracing = tracing
         self.trust = trust or Trust()
         self.hedging = hedging
+        self.stalled_s = 0.0
         self._due: list[tuple[float, int, _UnderWay]] = []
         self._num_due = 0
 
@@ -136,8 +140,9 @@ class Dispatcher:
         """When `pulse` has something to look at; None: nothing is under way."""
         return self._due[0][0] if self._due else None
 
-    def pulse(self, now_s: float) -> None:
-        """Hedge what is late by now."""
+    def pulse(self, now_s: float, late_s: float = 0.0) -> None:
+        """Hedge what is late by now. `late_s` of the time since the last pulse this process did not run: no rows are late for that."""
+        self.stalled_s += late_s
         while self._due and self._due[0][0] <= now_s:
             heapq.heappop(self._due)[2].look(now_s)
 
@@ -206,7 +211,7 @@ class _UnderWay:
         for number, part in enumerate(self._flight.parts):
             if not self._flight.can_hedge(number):
                 continue
-            late_s = now_s - self._sent_s[number, next(iter(part.live))]
+            late_s = now_s - self._desk.stalled_s - self._sent_s[number, next(iter(part.live))]
             if late_s < hedging.lateness.delay_s(part.rows.num_rows):
                 continue
             if (order := self._flight.hedge(number, partial(self._charge, hedging, number, late_s))) is not None:
@@ -215,7 +220,7 @@ class _UnderWay:
 
     def _charge(self, hedging: Hedging, number: int, late_s: float, num_rows: int, other: TableCopy) -> bool:
         """Whether a late part may be sent to this other copy, too. A shadow whose time has not come is made ready for it meanwhile, once."""
-        if hedging.is_near(late_s, other) and number not in self._warmed:
+        if hedging.is_near(late_s, num_rows, other) and number not in self._warmed:
             self._warmed.add(number)
             self._desk.lanes.warm(self._experts[self._flight.parts[number].rows.index], other)
         return hedging.charge(late_s, num_rows, other)
@@ -232,7 +237,7 @@ class _UnderWay:
             if self._flight.can_hedge(number)
         ]
         if due_s:
-            self._desk.watch(self, max(min(due_s), now_s + _LOOK_AGAIN_S))
+            self._desk.watch(self, max(min(due_s) + self._desk.stalled_s, now_s + _LOOK_AGAIN_S))
 
     def _watch_first(self) -> None:
         """Nothing is late before the least delay, and most calls have ended by then: until then no delay is worked out."""
@@ -246,7 +251,8 @@ class _UnderWay:
     def _send(self, orders: Sequence[Send]) -> None:
         """Carry out orders to one actor."""
         traceparent = (self._spans.asking(orders) or None) if self._spans is not None else None
-        job, desk, parts, sent_s = self._job, self._desk, self._flight.parts, self._loop.time()
+        job, desk, parts = self._job, self._desk, self._flight.parts
+        sent_s = self._loop.time() - desk.stalled_s
         begin, deadline_s, rows_NB = desk.lanes.begin, job.deadline_s, job.rows_NB
         for order in orders:
             if self._has_ended or self._error is not None:
@@ -297,7 +303,7 @@ class _UnderWay:
         if hedging is not None:
             now_s = self._loop.time()
             for attempt in (key[1], *losers):  # also of those who lost: else only the fast would be seen
-                hedging.lateness.observe(rows.num_rows, now_s - self._sent_s[key[0], attempt])
+                hedging.lateness.observe(rows.num_rows, now_s - self._desk.stalled_s - self._sent_s[key[0], attempt], now_s)
         self._job.replies[rows.index] = reply
         if self._spans is not None:
             self._spans.answered(*key, reply)
@@ -326,6 +332,8 @@ class _UnderWay:
 
 
 _LOOK_AGAIN_S = 0.005
+# On a machine that is merely busy a shadow is no faster, and its answer is not exact.
+_SHADOW_PATIENCE = 1.5
 
 
 def _actor_of(order: Send) -> str:

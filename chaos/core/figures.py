@@ -46,6 +46,7 @@ HEADER = (
     "detected ms (p99)",
     "exact again s (p99)",
     "copies again s (p99)",
+    "not exact elsewhere",
     "scheduler wait ms (control)",
     "held",
 )
@@ -66,6 +67,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             _spread(of, "detected_ms"),
             _spread(of, "exact_again_s"),
             _spread(of, "copies_again_s"),
+            shown(of["inexact_elsewhere"]),
             f"{shown(of['sched_wait_ms'])} ({shown(of['control_sched_wait_ms'])})",
             f"{sum(found.ok for found in row.judged)} of {len(row.judged)}",
         )

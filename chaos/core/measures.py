@@ -120,15 +120,26 @@ def detected_ms(seen: Observations) -> float | None:
 
 
 def exact_again_s(seen: Observations) -> float | None:
-    """From the fault to the end of the last answer that was not exact; 0 when all were. None: the repetition ended before that can be said."""
+    """From the fault to the end of the last answer that was not exact because of it; 0 when all were exact.
+
+    None: the repetition ended before that can be said. Answers that were not exact for experts that nobody struck alone are `inexact_elsewhere`.
+    """
     if not seen.strikes:
         return None
-    bad = [request for request in seen.requests if request.end_s >= seen.fault_s and not request.is_exact]
+    bad = [request for request in _inexact(seen) if _is_concerned(request, _lost_indices(seen))]
     if not bad:
         return 0.0
     last_s = max(request.end_s for request in bad)
     is_over = any(request.sent_s > last_s and request.is_exact for request in seen.requests)
     return last_s - seen.fault_s if is_over else None
+
+
+def num_inexact_elsewhere(seen: Observations) -> float | None:
+    """Answers after the fault that were not exact, though no expert that was struck had any part in it: on a busy machine late rows go to shadows."""
+    if not seen.strikes:
+        return None
+    lost = _lost_indices(seen)
+    return float(sum(not _is_concerned(request, lost) for request in _inexact(seen)))
 
 
 def copies_again_s(seen: Observations) -> float | None:
@@ -189,6 +200,7 @@ MEASURES: dict[str, Measure] = {
     "first_other_ms": first_other_ms,
     "detected_ms": detected_ms,
     "exact_again_s": exact_again_s,
+    "inexact_elsewhere": num_inexact_elsewhere,
     "copies_again_s": copies_again_s,
     "missing_copies": num_missing_copies,
     "gap_ms": gap_ms,
@@ -216,6 +228,15 @@ def _lost_indices(seen: Observations) -> set[int]:
         if before and not strike.experts:
             lost |= {expert.index for expert, copies in before[-1].replicas.items() if copies & strike.incarnations}
     return lost
+
+
+def _inexact(seen: Observations) -> list[Request]:
+    return [request for request in seen.requests if request.end_s >= seen.fault_s and not request.is_exact]
+
+
+def _is_concerned(request: Request, lost: set[int]) -> bool:
+    """Whether the fault may be why this answer is not exact: always, where it is not known which experts were struck, or the request failed."""
+    return not lost or not request.is_ok or bool(lost & set(request.moved))
 
 
 def _distrusts(sample: RouterSample, struck: set[Incarnation]) -> bool:

@@ -12,7 +12,8 @@ from chaos.core.run_machine import Ending
 from chaos.core.tolerance import Tolerance, Verdict
 
 SUMMED = (
-    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections", "redispatches"
+    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections",
+    "redispatches", "inexact_elsewhere",
 )  # fmt: skip
 SPREAD = (
     "first_other_ms",
@@ -74,7 +75,10 @@ class ActionRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """One repetition of a scenario. Latencies are of answered requests, in ms: alive within `affected_s` of the fault, and in the control window before it."""
+    """One repetition of a scenario. Latencies are of answered requests, in ms: alive within `affected_s` of the fault, and in the control window before it.
+
+    `odd`: why a kept reply, by its name, counts as wrong or could not be replayed.
+    """
 
     scenario: str
     digest: str
@@ -93,6 +97,7 @@ class Record(BaseModel):
     metrics: dict[str, float | None]
     affected_ms: list[float]
     control_ms: list[float]
+    odd: dict[str, str] = {}
     machine: dict[str, Any] = {}
 
     @property

@@ -5,6 +5,10 @@ from __future__ import annotations
 from chaos.core.observations import Strike
 from chaos.faults.recovery import look, mended, wait_until
 from chaos.port import FaultSettings, Injection, Order
+from cluster.core.errors import FleetError
+
+LOOKS = 20
+LOOK_S = 0.002
 
 
 class Settings(FaultSettings):
@@ -17,6 +21,13 @@ async def inject(order: Order, injection: Injection) -> None:
     injection.strikes.append(Strike("stop_actor", order.target.name, order.target.incarnations, at_s, details={"seconds": order.seconds}))
     for process in order.target.processes:
         order.cluster.stop(process)
+    for _ in range(LOOKS):
+        running = [process for process in order.target.processes if order.cluster.is_running(process)]
+        if not running:
+            return
+        await order.pause(LOOK_S)
+    message = f"{running[0].what}: process {running[0].pid} runs on after SIGSTOP"
+    raise FleetError(message)
 
 
 async def recover(order: Order, injection: Injection) -> None:

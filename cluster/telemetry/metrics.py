@@ -26,7 +26,7 @@ class RouterMetrics:
         self._choice_series: dict[tuple[str, ...], Counter] = {}
         self._token_series: dict[tuple[str, ...], Counter] = {}
         self._tokens = Counter("moe_tokens", "Tokens of requests that succeeded", ["model"], registry=registry)
-        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links, further tries and their losers among them", ["direction"], registry=registry)
+        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links, those of every try", ["direction"], registry=registry)
         self._bytes_by_direction = {direction: self._bytes.labels(direction) for direction in ("sent", "received")}  # looked up once, counted often
         self._retries = Counter("moe_redispatches", "Segments sent again to another copy", ["reason"], registry=registry)
         self._ejections = Counter("moe_ejections", "Expert actors that get no rows because they were lost or made no progress", registry=registry)

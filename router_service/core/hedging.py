@@ -13,9 +13,13 @@ _STEPS_PER_DOUBLING = 4
 _SHORTEST_S = 2.0**-14
 _NUM_STEPS = 24 * _STEPS_PER_DOUBLING
 _NUM_SIZES = 24
-_MEMORY = 1024.0
 _MIN_SAMPLES = 32
+# Half of what was seen fades in so long, but never to so few that the quantile is anybody's guess: seconds after a spell of slowness (an overload, a
+# fault) rows are late again when they are late for what is usual now.
+_HALF_LIFE_S = 2.0
+_MIN_FADING = 256.0
 _REFRESH = 16
+_MOST_LATE = 2.0
 
 
 class HedgeBudget:
@@ -70,6 +74,8 @@ class HedgeBudget:
 class Lateness:
     """How long segments take, by the power of two above their rows: histograms in quarter doublings, in which old samples fade by half at a time.
 
+    Time arrives with the samples: what is not asked is not forgotten.
+
     Attempts that were withdrawn because another one won must be observed too, with the time they had been under way: else only the fast are seen and
     ever more is hedged.
     """
@@ -81,12 +87,20 @@ class Lateness:
         self._unlearned_s_per_row = unlearned_s_per_row
         self._counts = [[0.0] * _NUM_STEPS for _ in range(_NUM_SIZES)]
         self._totals = [0.0] * _NUM_SIZES
+        self._fading_s = [-math.inf] * _NUM_SIZES
         self._unread = [0] * _NUM_SIZES
         self._quantiles_s = [0.0] * _NUM_SIZES
 
-    def observe(self, num_rows: int, took_s: float) -> None:
-        """A segment of so many rows took so long, or was withdrawn after so long."""
+    def observe(self, num_rows: int, took_s: float, now_s: float) -> None:
+        """A segment of so many rows took so long, or was withdrawn after so long.
+
+        It counts for no more than a multiple of what is late: a few rows that a lost actor held do not excuse the next one, many that are slow still do.
+        """
         size = _size(num_rows)
+        if now_s >= self._fading_s[size]:
+            self._fade(size, now_s)
+        if (learned_s := self._quantiles_s[size]) > 0.0:
+            took_s = min(took_s, _MOST_LATE * max(learned_s, self.min_delay_s))
         self._counts[size][_step(took_s)] += 1.0
         self._totals[size] += 1.0
         self._unread[size] += 1
@@ -109,11 +123,14 @@ class Lateness:
                 return self._quantiles_s[smaller] * 2.0 ** (size - smaller)
         return self._unlearned_s + self._unlearned_s_per_row * num_rows
 
-    def _refresh(self, size: int) -> None:
-        self._unread[size] = 0
-        if self._totals[size] > _MEMORY:
+    def _fade(self, size: int, now_s: float) -> None:
+        self._fading_s[size] = now_s + _HALF_LIFE_S
+        if self._totals[size] >= _MIN_FADING:
             self._counts[size] = [count / 2 for count in self._counts[size]]
             self._totals[size] /= 2
+
+    def _refresh(self, size: int) -> None:
+        self._unread[size] = 0
         left = self._totals[size] * (1.0 - self._quantile)
         step = _NUM_STEPS - 1
         while step > 0 and (left := left - self._counts[size][step]) >= 0.0:

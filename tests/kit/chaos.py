@@ -51,6 +51,9 @@ class FakeCluster:
     refuses: str = ""
     name: str = "fake"
     is_silent: bool = False
+    stops: bool = True
+    num_struck: int = 3
+    struck_before: Mapping[str, int] = field(default_factory=dict)
 
     def inventory(self) -> Inventory:
         if self.is_silent:
@@ -74,7 +77,7 @@ class FakeCluster:
         self.stopped.discard(process)
 
     def is_running(self, process: Process) -> bool:
-        return process not in self.killed | self.stopped
+        return process not in self.killed | (self.stopped if self.stops else set())
 
     def is_alive(self, process: Process) -> bool:
         return process not in self.killed
@@ -99,7 +102,8 @@ class FakeCluster:
         active = self.playing.setdefault(actor.incarnation.actor_id, [])
         match fault:
             case "state":
-                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": dict.fromkeys(active, 3)})
+                struck = {name: self.struck_before.get(name, 0) + self.num_struck for name in active}
+                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": {**self.struck_before, **struck}})
             case "heal":
                 active.clear()
             case _:
@@ -182,6 +186,12 @@ class _Watcher:
 class _Load:
     def requests(self, _begin_s: float = 0.0) -> list[Request]:
         return []
+
+    def forget(self, before_s: float) -> None:
+        """Nothing is remembered."""
+
+    async def begin(self, *, callers: int, rate: float) -> None:
+        """Nothing is sent."""
 
 
 @dataclass(frozen=True)

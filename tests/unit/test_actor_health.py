@@ -19,7 +19,7 @@ from kit.pipelines import NAME, E, K, T, call, served
 from router_service.actor_health import ActorHealth
 from router_service.core.hedging import HedgeBudget, Lateness
 from router_service.core.liveness import Liveness
-from router_service.core.trust import Trust
+from router_service.core.trust import Rank, Trust
 from router_service.core.verdicts import LivenessLimits, State
 from router_service.dispatcher import Hedging
 from router_service.lanes import Lanes
@@ -111,6 +111,22 @@ async def test_an_actor_that_answers_again_is_trusted_again() -> None:
         assert (await made.pipeline.run(call())).report.exact == T * K
 
 
+async def test_an_actor_on_trial_gets_no_rows_beside_its_trial_though_nobody_else_is_distrusted() -> None:
+    async with router(2, roles=(Role.REPLICA, Role.REPLICA)) as made:
+        name = str(made.actors[0].endpoint.incarnation)
+        made.actors[0].compute.gate.clear()
+        waiting = asyncio.create_task(made.lanes.submit(request(made.actors[0].endpoint, random_rows(3))))
+        with pytest.raises(ReplicaUnavailable, match="ejected"):
+            await waiting
+        await until(lambda: made.trust.is_calm)
+        trial = asyncio.create_task(made.lanes.submit(request(made.actors[0].endpoint, random_rows(3))))
+        await until(lambda: made.health.state(name) is State.ON_TRIAL and not made.health._liveness.may_send(name))
+        assert made.trust.actors == {name: Rank.DOUBTFUL}
+        made.actors[0].compute.gate.set()
+        assert len((await trial).rows) == 3
+        await until(lambda: made.trust.is_calm)
+
+
 async def test_a_late_answer_of_an_ejected_actor_reaches_nobody() -> None:
     async with router(2) as made:
         made.actors[0].compute.gate.clear()
@@ -126,7 +142,7 @@ async def test_late_rows_are_hedged_and_the_first_success_wins_without_an_ejecti
     async with router(2, hedge_s=0.01) as made:
         lateness = made.pipeline.dispatcher.hedging.lateness
         for _ in range(64):
-            lateness.observe(8, 0.001)
+            lateness.observe(8, 0.001, 0.0)
         made.actors[0].compute.gate.clear()
         reply = await made.pipeline.run(call(want_plan=True))
         assert reply.report.shadow == T * K
@@ -151,13 +167,30 @@ async def test_an_exact_call_is_hedged_to_replicas_only() -> None:
         assert not made.actors[1].compute.frames
 
 
+async def test_no_rows_are_late_for_the_time_that_the_router_itself_did_not_run() -> None:
+    async with router(2, hedge_s=0.05) as made:
+        made.health.close()  # no beats but those of this test
+        dispatcher = made.pipeline.dispatcher
+        for _ in range(64):
+            dispatcher.hedging.lateness.observe(8, 0.001, 0.0)
+        made.actors[0].compute.gate.clear()
+        waiting = asyncio.create_task(made.pipeline.run(call()))
+        await until(lambda: bool(made.actors[0].compute.frames))
+        now_s = asyncio.get_running_loop().time()
+        dispatcher.pulse(now_s + 60.0, 60.0)
+        assert dispatcher.hedging.budget.hedged_rows == 0
+        dispatcher.pulse(now_s + 120.0)
+        assert dispatcher.hedging.budget.hedged_rows == T * K
+        assert (await waiting).report.shadow == T * K
+
+
 async def test_idle_actors_are_never_accused() -> None:
     async with router(3) as made:
         for actor in made.actors:
             actor.compute.gate.clear()
         beats = 0
 
-        def count(_: float) -> None:
+        def count(_now_s: float, _late_s: float) -> None:
             nonlocal beats
             beats += 1
 

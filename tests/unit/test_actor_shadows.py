@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from actors import expert_runtime
+from actors.core import abft
 from actors.expert_layouts import expert_forward, load_weights
 from cluster.core.ids import CopyId, Role
 from cluster.core.link_frames import SegmentStatus
@@ -49,6 +51,37 @@ def test_a_ready_shadow_is_charged_packed_and_nothing_is_expanded(bench: Bench) 
     assert bench.runtime.used_bytes == 3 * bench.blobs.packed_bytes < bench.blobs.descriptor.num_bytes
     assert bench.runtime.expanded_bytes == 0
     assert not bench.runtime.progress().is_loading
+
+
+def test_the_first_rows_for_a_shadow_do_not_wait_for_its_checksums_which_come_after_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, summed = threading.Event(), []
+
+    def block_sums(tensor: torch.Tensor) -> Any:
+        assert gate.wait(TIMEOUT_S)
+        summed.append(threading.current_thread().name)
+        return abft.block_sums(tensor)
+
+    bench.hold_copies(S)
+    monkeypatch.setattr(expert_runtime, "block_sums", block_sums)
+    asked = ask(S, 5)
+    bench.submit(asked)
+    assert_answered(bench, asked)
+    assert summed == []
+    gate.set()
+    bench.wait_until(lambda: len(summed) == 2)
+    assert set(summed) == {"shadow-workspace"}
+
+
+def test_checksums_that_cannot_be_taken_leave_the_shadow_answering(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_tensor: torch.Tensor) -> Any:
+        raise torch.OutOfMemoryError
+
+    bench.hold_copies(S, T)
+    monkeypatch.setattr(expert_runtime, "block_sums", broken)
+    for copy in (S, T, S):
+        asked = ask(copy, 2)
+        bench.submit(asked)
+        assert_answered(bench, asked)
 
 
 def test_rows_for_a_shadow_are_computed_with_its_expanded_weights_which_stay(bench: Bench, expansions: Expansions) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from chaos import campaign, cli, target
+from chaos import campaign, cli, runner, target
 from chaos.campaign import Outcome, append_record, read_records
 from chaos.core.report import Judged, Record, ending_of, journal, judge, summarise, unknown_assertions
 from chaos.core.run_machine import Ending
@@ -26,7 +28,7 @@ from cluster.core.spec import ClusterSpec
 from cluster.deploy.connection import Connection
 from cluster.local.run_folder import RunFolder
 from cluster.store import ControlStore
-from kit.chaos import FakeCluster
+from kit.chaos import FakeCluster, FakeSession, scenario_file
 
 JOURNAL_KEYS = {"experiment", "status", "deviated", "start", "end", "duration", "steady_states", "run", "rollbacks", "platform", "node"}
 
@@ -86,6 +88,13 @@ def test_the_exit_code_says_how_it_ended(ending: Ending, fake: FakeCluster, monk
     assert code == ending
     assert set(json.loads(path.read_text())) >= JOURNAL_KEYS
     assert fake.done == []
+
+
+def test_a_cluster_that_does_not_answer_is_no_fault_of_the_scenario(fake: FakeCluster) -> None:
+    fake.is_silent = True
+    code, text = invoke("run", "kill_actor", "--yes")
+    assert code == Ending.BASELINE_NOT_MET
+    assert "the controller does not answer" in text
 
 
 def test_a_dry_run_names_its_target_and_strikes_nobody(fake: FakeCluster) -> None:
@@ -227,6 +236,23 @@ async def test_repetitions_that_are_recorded_are_not_run_again(tmp_path: Path, m
     file = load(find("kill_actor"))
     found = await campaign.run(campaign.Campaign(file, tmp_path, 2, 1, path, resumes=True), None, print)  # type: ignore[arg-type]
     assert [done.repetition for done in found.records] == [0, 1]
+
+
+@pytest.mark.parametrize(("failures", "endings"), [([1, 0], ["BASELINE_NOT_MET", "PASSED"]), ([1, 1, 1, 0], ["BASELINE_NOT_MET"] * 3)])
+async def test_a_steady_state_that_is_missed_is_waited_for_a_few_times(
+    failures: list[int], endings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.asynccontextmanager
+    async def opened(*_arguments: object, **_options: object) -> AsyncIterator[FakeSession]:
+        yield FakeSession(failures=list(failures))
+
+    monkeypatch.setattr(campaign, "opened", opened)
+    monkeypatch.setattr(runner, "SETTLE_S", 0.0)
+    path = tmp_path / "records.jsonl"
+    found = await campaign.run(campaign.Campaign(scenario_file(), tmp_path, 1, 1, path), FakeCluster(), lambda _record: None)  # type: ignore[arg-type]
+    assert [done.ending for done in read_records(path)] == endings
+    assert [done.ending for done in found.records] == endings[-1:]
+    assert found.ending is Ending[endings[-1]]
 
 
 def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:

@@ -46,6 +46,33 @@ async def test_the_proof_that_an_actor_misbehaved_is_kept(fault: str) -> None:
     assert set(injection.strikes[0].details["struck"].values()) == {3}
 
 
+async def test_a_fault_that_struck_nothing_is_healed_and_fails_its_run() -> None:
+    cluster = FakeCluster(num_struck=0)
+    order = order_of(cluster, target_of(cluster, "stuck_compute"), "stuck_compute", seconds=1.0)
+    injection = Injection(order.target, [])
+    await FAULTS["stuck_compute"].inject(order, injection)
+    with pytest.raises(FleetError, match="stuck_compute was there and struck no frame"):
+        await FAULTS["stuck_compute"].recover(order, injection)
+    assert not any(cluster.playing.values())
+    assert all(strike.gone_s is not None for strike in injection.strikes)
+
+
+async def test_what_struck_in_an_earlier_repetition_proves_nothing() -> None:
+    cluster = FakeCluster(num_struck=0, struck_before={"stuck_compute": 7})
+    order = order_of(cluster, target_of(cluster, "stuck_compute"), "stuck_compute", seconds=1.0)
+    injection = Injection(order.target, [])
+    await FAULTS["stuck_compute"].inject(order, injection)
+    with pytest.raises(FleetError, match="struck no frame"):
+        await FAULTS["stuck_compute"].recover(order, injection)
+
+
+async def test_a_process_that_runs_on_after_it_was_stopped_is_no_fault() -> None:
+    cluster = FakeCluster(stops=False)
+    order = order_of(cluster, target_of(cluster, "stop_actor"), "stop_actor", seconds=1.0)
+    with pytest.raises(FleetError, match="runs on after SIGSTOP"):
+        await FAULTS["stop_actor"].inject(order, Injection(order.target, []))
+
+
 async def test_a_recovery_that_is_not_seen_is_an_error_and_not_assumed() -> None:
     cluster = FakeCluster()
     order = order_of(cluster, target_of(cluster, "kill_controller"), "kill_controller")

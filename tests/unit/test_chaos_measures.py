@@ -67,6 +67,16 @@ def test_exact_again_is_the_end_of_the_last_answer_that_was_not_exact() -> None:
     assert measures.exact_again_s(observations([fine, request(13.0, shadow=1)], strikes=[KILLED])) is None
 
 
+def test_answers_that_were_not_exact_for_experts_that_nobody_struck_are_counted_apart() -> None:
+    concerned, both, elsewhere = (request(end_s, shadow=1, moved=moved) for end_s, moved in ((10.3, (0,)), (10.5, (0, 1)), (11.0, (1,))))
+    seen = observations([concerned, both, elsewhere, request(12.0)], strikes=[KILLED], samples=[BEFORE])
+    assert measures.exact_again_s(seen) == pytest.approx(0.5)
+    assert measures.num_inexact_elsewhere(seen) == 1
+    failed = request(11.5, status="UNAVAILABLE")
+    assert measures.exact_again_s(observations([concerned, failed, request(12.0)], strikes=[KILLED], samples=[BEFORE])) == pytest.approx(1.5)
+    assert measures.num_inexact_elsewhere(observations([elsewhere])) is None
+
+
 def test_copies_are_again_there_only_when_none_of_them_was_struck_and_all_links_are_ready() -> None:
     stale = sample(10.1, {A: "ready", B: "ready"}, {0: {A}, 1: {B}})
     unlinked = sample(10.5, {LATER: "connecting", B: "ready"}, {0: {LATER}, 1: {B}})

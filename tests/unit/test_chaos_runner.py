@@ -41,6 +41,13 @@ async def test_a_good_run_passes_and_tells_what_it_did() -> None:
     assert Record.model_validate_json(record.model_dump_json()) == record
 
 
+@pytest.mark.parametrize(("num_struck", "ending"), [(3, "PASSED"), (0, "DEVIATED")])
+async def test_the_proof_that_a_fault_struck_is_recorded_and_its_lack_fails_the_run(num_struck: int, ending: str) -> None:
+    record = await run(FakeSession(target=FakeCluster(num_struck=num_struck)), method=[action("stuck_compute")])
+    assert record.ending == ending
+    assert record.actions[0].details["struck"] == ({"stuck_compute": num_struck} if num_struck else {})
+
+
 async def test_nothing_is_struck_when_the_steady_state_is_not_met() -> None:
     session = FakeSession(failures=[1])
     record = await run(session, method=[action()])
@@ -64,9 +71,15 @@ async def test_a_method_beyond_the_blast_radius_strikes_nobody() -> None:
 
 
 async def test_a_deviation_afterwards_fails_the_run() -> None:
-    record = await run(FakeSession(failures=[0, 1]), method=[action()])
+    record = await run(FakeSession(failures=[0, 1, 1, 1]), method=[action()])
     assert record.ending == "DEVIATED"
     assert record.reason.startswith("after: availability")
+
+
+async def test_a_steady_state_that_comes_back_a_moment_later_is_met_and_what_failed_meanwhile_counts() -> None:
+    record = await run(FakeSession(failures=[0, 1, 0, 1]), method=[action()])  # before, twice after, and the whole repetition
+    assert record.ending == "PASSED"
+    assert record.metrics["failed"] == 1
 
 
 async def test_a_guard_ends_the_run_and_what_was_stopped_goes_on() -> None:

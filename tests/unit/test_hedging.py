@@ -71,7 +71,7 @@ def test_hedged_rows_never_exceed_burst_and_share(steps: list[tuple[bool, int]])
 def observed(took_s: list[float], num_rows: int = 8, quantile: float = 0.99) -> Lateness:
     lateness = Lateness(quantile, 0.001)
     for one_s in took_s:
-        lateness.observe(num_rows, one_s)
+        lateness.observe(num_rows, one_s, 0.0)
     return lateness
 
 
@@ -87,8 +87,8 @@ def test_the_quantile_is_learned_within_a_fifth_above(seed: int, quantile: float
 def test_rows_are_compared_with_their_like() -> None:
     lateness = Lateness(0.99, 0.001)
     for _ in range(64):
-        lateness.observe(4, 0.004)
-        lateness.observe(1024, 0.3)
+        lateness.observe(4, 0.004, 0.0)
+        lateness.observe(1024, 0.3, 0.0)
     assert 0.004 <= lateness.delay_s(3) < 0.006
     assert 0.3 <= lateness.delay_s(1000) < 0.4
 
@@ -107,16 +107,36 @@ def test_a_few_samples_decide_nothing() -> None:
 def test_nothing_is_late_before_the_least_delay() -> None:
     lateness = Lateness(0.99, 0.05)
     for _ in range(100):
-        lateness.observe(8, 0.0001)
+        lateness.observe(8, 0.0001, 0.0)
     assert lateness.delay_s(8) == 0.05
 
 
-def test_old_times_fade() -> None:
-    lateness = observed([0.2] * 1000)
+@pytest.mark.parametrize(("rate", "within_s"), [(20, 60), (100, 20), (5000, 20)])
+def test_a_spell_of_slowness_is_forgotten_within_seconds_under_load_and_a_minute_at_a_trickle(rate: int, within_s: int) -> None:
+    lateness, spell_s = Lateness(0.99, 0.001), 5
+    for number in range(spell_s * rate):
+        lateness.observe(8, 0.2, number / rate)
     assert lateness.delay_s(8) >= 0.2
-    for _ in range(12_000):
-        lateness.observe(8, 0.01)
+    for number in range(spell_s * rate, (spell_s + within_s) * rate):
+        lateness.observe(8, 0.01, number / rate)
     assert lateness.delay_s(8) < 0.02
+
+
+def test_a_few_rows_that_a_lost_actor_held_do_not_excuse_the_next_ones_and_many_slow_ones_do() -> None:
+    lateness = observed([0.01] * 400)
+    for _ in range(16):
+        lateness.observe(8, 5.0, 0.0)
+    assert lateness.delay_s(8) < 0.03
+    for _ in range(400):
+        lateness.observe(8, 0.2, 0.0)
+    assert lateness.delay_s(8) >= 0.2
+
+
+def test_what_is_hardly_asked_is_not_forgotten() -> None:
+    lateness = observed([0.2] * 255)
+    for number in range(2):
+        lateness.observe(8, 0.2, 3600.0 * number)
+    assert 0.2 <= lateness.delay_s(8) < 0.25
 
 
 @given(st.integers(1, 1 << 30), st.floats(0.0, 1e9))
