@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 
@@ -22,6 +23,10 @@ from kit.waiting import wait_until
 # A test that is itself a driver on the shared cluster imports ray, which reads these at its import. Otherwise Ray would turn 127.0.0.1 into the
 # machine's own address, where nothing of a local cluster listens. What the tests start as processes gets an environment of its own.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("moelastic", deadline=None)
+hypothesis.settings.load_profile("moelastic")
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_VARIABLE = "MOELASTIC_TEST_RUN"

@@ -132,11 +132,7 @@ class Liveness:
         watch.is_linked = False
         if watch.state is State.EJECTED:
             return []
-        untold = [verdict for verdict in self._pending if verdict.actor == actor]
-        self._pending = [verdict for verdict in self._pending if verdict.actor != actor]
         verdicts = self._eject(watch, "its link was lost", now_s, 0.0)
-        if untold and isinstance(untold[0], Readmit):
-            verdicts = []  # nobody was told that it was back
         self._casualties.note(watch, now_s - self._late_s, now_s - self._late_s, is_firm=True)
         return verdicts + self._eject_neighbours(watch, now_s)
 
@@ -211,6 +207,10 @@ class Liveness:
         watch.begin_ejection(now_s - self._late_s, self._limits)
         self._owing.pop(watch.actor, None)
         self._ejected[watch.actor] = watch
+        untold = [verdict for verdict in self._pending if verdict.actor == watch.actor]
+        self._pending = [verdict for verdict in self._pending if verdict.actor != watch.actor]
+        if untold and isinstance(untold[0], Readmit):
+            return []  # nobody was told that it was back
         return [Eject(watch.actor, evidence, now_s - lasting_s)]
 
     def _eject_neighbours(self, watch: Watch, now_s: float) -> list[Verdict]:

@@ -128,6 +128,7 @@ class Books:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(events, max_size=60))
 @example([("send", ACTORS[0]), ("wait", 0.25), ("answer", ACTORS[0]), ("lose", ACTORS[0])])
+@example([("send", ACTORS[0]), ("wait", 0.35), ("answer", ACTORS[0]), ("lose", ACTORS[1])])
 def test_verdicts_follow_from_each_other_and_accuse_only_those_that_owe(steps: list[tuple[str, str | float]]) -> None:
     books = Books()
     for kind, what in steps:
