@@ -12,8 +12,21 @@ from chaos.core.run_machine import Ending
 from chaos.core.tolerance import Tolerance, Verdict
 
 SUMMED = (
-    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections", "redispatches"
-)  # fmt: skip
+    "requests",
+    "failed",
+    "failed_unexplained",
+    "late",
+    "wrong",
+    "unchecked",
+    "unaccounted",
+    "degraded",
+    "lower_rungs",
+    "epoch_regressions",
+    "stale",
+    "ejections",
+    "router_ejections",
+    "redispatches",
+)
 SPREAD = (
     "first_other_ms",
     "detected_ms",
