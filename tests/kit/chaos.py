@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,9 +49,11 @@ class FakeCluster:
     killed: set[Process] = field(default_factory=set)
     stopped: set[Process] = field(default_factory=set)
     playing: dict[str, list[str]] = field(default_factory=dict)
+    struck: Counter[str] = field(default_factory=Counter)
     refuses: str = ""
     name: str = "fake"
     is_silent: bool = False
+    num_struck: int = 3
 
     def inventory(self) -> Inventory:
         if self.is_silent:
@@ -99,11 +102,12 @@ class FakeCluster:
         active = self.playing.setdefault(actor.incarnation.actor_id, [])
         match fault:
             case "state":
-                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": dict.fromkeys(active, 3)})
+                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": self.struck})
             case "heal":
                 active.clear()
             case _:
                 active.append(fault)
+                self.struck[fault] += self.num_struck
         return f"{fault} with {sorted(settings)}"
 
     def _may(self, what: str) -> None:

@@ -46,6 +46,42 @@ async def test_the_proof_that_an_actor_misbehaved_is_kept(fault: str) -> None:
     assert set(injection.strikes[0].details["struck"].values()) == {3}
 
 
+@pytest.mark.parametrize("fault", ["stuck_compute", "slow_actor", "nan_weights", "inf_weights", "flip_weights", "drop_replies", "late_replies"])
+async def test_a_fault_that_no_frame_met_is_no_proof_and_an_earlier_strike_does_not_stand_in_for_it(fault: str) -> None:
+    cluster = FakeCluster()
+    order = order_of(cluster, target_of(cluster, fault), fault, seconds=1.0)
+    first, second = Injection(order.target, []), Injection(order.target, [])
+    await FAULTS[fault].inject(order, first)
+    await FAULTS[fault].recover(order, first)
+    cluster.num_struck = 0
+    await FAULTS[fault].inject(order, second)
+    with pytest.raises(FleetError, match="struck nothing in actor-0/g1"):
+        await FAULTS[fault].recover(order, second)
+    assert not any(cluster.playing.values())
+
+
+async def test_an_actor_that_died_of_its_fault_need_not_tell_how_often_it_was_struck() -> None:
+    cluster = FakeCluster(num_struck=0)
+    order = order_of(cluster, target_of(cluster, "stuck_compute"), "stuck_compute", seconds=1.0)
+    injection = Injection(order.target, [])
+    await FAULTS["stuck_compute"].inject(order, injection)
+    cluster.kill(order.target.processes[0])
+    cluster.refuses = "state"
+    await FAULTS["stuck_compute"].recover(order, injection)
+    assert not injection.strikes[0].is_mended
+
+
+@pytest.mark.parametrize("fault", ["stop_actor", "freeze_controller"])
+async def test_what_runs_when_it_is_to_be_resumed_was_not_stopped(fault: str) -> None:
+    cluster = FakeCluster()
+    order = order_of(cluster, target_of(cluster, fault), fault, seconds=1.0)
+    injection = Injection(order.target, [])
+    await FAULTS[fault].inject(order, injection)
+    cluster.stopped.clear()
+    with pytest.raises(FleetError, match="it was not stopped"):
+        await FAULTS[fault].recover(order, injection)
+
+
 async def test_a_recovery_that_is_not_seen_is_an_error_and_not_assumed() -> None:
     cluster = FakeCluster()
     order = order_of(cluster, target_of(cluster, "kill_controller"), "kill_controller")

@@ -99,6 +99,14 @@ async def test_an_injection_that_fails_half_way_is_undone() -> None:
     assert "heal actor-0" in session.target.done
 
 
+async def test_a_repetition_whose_fault_struck_nothing_does_not_pass() -> None:
+    session = FakeSession(target=FakeCluster(num_struck=0))
+    record = await run(session, method=[action("stuck_compute")])
+    assert record.ending == "DEVIATED"
+    assert "not recovered: stuck_compute struck nothing" in record.reason
+    assert not any(session.target.playing.values())
+
+
 async def test_a_cancelled_run_heals_all_the_same() -> None:
     session = FakeSession()
     repetition = Repetition(scenario_file(method=[action("stop_actor")], observe_s=30.0), cast("Session", session), 0, seed=1)
