@@ -208,13 +208,17 @@ class Repetition:
             self._facts.setdefault("router_detected_ms", 1e3 * (min(found) - self._fault_s()))
 
     async def _recover(self, number: int) -> None:
-        record = self._records[number]
+        record, injection = self._records[number], self._injections[number]
         try:
-            await fault_of(self._scenario.method[number]).recover(self._orders[number], self._injections[number])
+            await fault_of(self._scenario.method[number]).recover(self._orders[number], injection)
         except (MoeError, OSError) as error:
             record.problem = str(error)
             self._events.put_nowait(RecoverFailed(number, str(error)))
             return
+        finally:
+            # What proves that the fault struck is known only when it is over.
+            for strike in injection.strikes[:1]:
+                record.details |= strike.details
         record.recovered_s = time.monotonic() - self._begun_s
         record.phase_after = str(self._machine.phase) if self._machine else ""
         self._events.put_nowait(Recovered(number))

@@ -99,6 +99,12 @@ async def test_an_injection_that_fails_half_way_is_undone() -> None:
     assert "heal actor-0" in session.target.done
 
 
+async def test_the_record_keeps_the_proof_that_a_fault_struck() -> None:
+    record = await run(FakeSession(), method=[action("stuck_compute")])
+    assert record.ending == "PASSED"
+    assert record.actions[0].details["struck"] == {"stuck_compute": 3}
+
+
 async def test_a_repetition_whose_fault_struck_nothing_does_not_pass() -> None:
     session = FakeSession(target=FakeCluster(num_struck=0))
     record = await run(session, method=[action("stuck_compute")])
