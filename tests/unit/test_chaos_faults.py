@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from chaos.core.experiment import Action, Limits, Selector
 from chaos.core.targets import Target, check_blast_radius, select, shadow_holder
 from chaos.faults.table import FAULTS, fault_of
+from chaos.plan import choose
 from chaos.port import Injection
 from cluster.core.errors import ConfigError, FleetError
-from kit.chaos import MODEL, FakeCluster, order_of, small_inventory
+from cluster.core.ids import ExpertId
+from kit.chaos import MODEL, FakeCluster, action, order_of, scenario_file, small_inventory
 
 
 def target_of(cluster: FakeCluster, fault: str) -> Target:
@@ -122,6 +125,17 @@ def test_the_same_seed_chooses_alike_and_rotation_takes_turns() -> None:
     assert hottest.actors[0].incarnation.actor_id == "actor-2"
 
 
+def test_who_holds_nothing_of_the_layer_under_load_is_not_struck() -> None:
+    inventory = small_inventory()
+    elsewhere = [replace(actor, replicas=frozenset({ExpertId(MODEL, 2, number)})) for number, actor in enumerate(inventory.actors)]
+    mixed = replace(inventory, actors=(*elsewhere[:3], inventory.actors[3]))
+    names = {choose(scenario_file(method=[action()]), mixed, model=MODEL, rng=random.Random(1), number=turn)[0].target.name for turn in range(4)}
+    assert names == {"actor-3/g1"}
+    of_layer_2 = scenario_file(method=[action()], load={"layer": 2})
+    names = {choose(of_layer_2, mixed, model=MODEL, rng=random.Random(1), number=turn)[0].target.name for turn in range(4)}
+    assert names == {"actor-0/g1", "actor-1/g1", "actor-2/g1"}
+
+
 def test_a_node_that_hosts_the_router_or_the_head_is_never_lost() -> None:
     inventory = small_inventory()
     names = {
@@ -148,6 +162,6 @@ def test_nobody_who_fits_is_an_error_that_says_what_was_looked_for() -> None:
 
 
 def test_a_fault_is_refused_on_a_target_that_it_cannot_strike() -> None:
-    action = Action.model_validate({"name": "a", "at": 0, "fault": "kill_router", "target": {"kind": "actor"}})
+    given = Action.model_validate({"name": "a", "at": 0, "fault": "kill_router", "target": {"kind": "actor"}})
     with pytest.raises(ConfigError, match="kill_router strikes router, not a actor"):
-        fault_of(action)
+        fault_of(given)
