@@ -18,8 +18,9 @@ from cluster.core.errors import ConfigError
 
 COLUMNS = 3
 CAPTION = (
-    "Added latency is that of requests alive within 1 s of the fault less that of requests alive in the control window just before it: the same load, "
-    "the same cluster, at most 2 s earlier, pooled over all runs. Latency counts from when a request was due, so a stalled sender hides nothing. "
+    "Added latency is that of requests alive within 1 s of the fault (2 s of slow_replica, as long as it lasts) less that of requests alive in the control "
+    "window just before it: the same load, the same cluster, pooled over all runs. Latency counts from when a request was due, so a stalled sender hides "
+    "nothing. "
     "`detected` is an upper bound: the first of the router noting a loss or an ejection, a look at it showing one, and an answer by another copy. "
     "`exact again` is when the last answer that was not exact ended; `copies again` when the router's table had all full-precision copies again, none of them "
     "struck. `scheduler wait` is what the router's threads together waited for a core in each second after the fault (and in the control window)."

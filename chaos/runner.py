@@ -44,7 +44,7 @@ from chaos.scenario_files import ScenarioFile
 from chaos.session import Session
 from cluster.core.errors import MoeError
 
-SETTLE_S = 1.0
+SETTLE_S = 0.5
 GUARD_S = 0.5
 QUICK_S = 1.5
 FIRST_ASK_S = 0.35
