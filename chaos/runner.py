@@ -30,6 +30,9 @@ from chaos.core.run_machine import (
     Recover,
     Recovered,
     RecoverFailed,
+    RollBack,
+    RollbackMissed,
+    RollbackSeen,
     RunMachine,
     SteadyStateProbed,
     Step,
@@ -63,6 +66,7 @@ class Repetition:
         self._orders: list[Order] = []
         self._injections: dict[int, Injection] = {}
         self._records: list[ActionRecord] = []
+        self._rollbacks: list[Judged] = []
         self._steady: dict[str, list[Judged]] = {"before": [], "after": []}
         self._machine: RunMachine | None = None
         self._control_s = self._begun_s = self._end_s = 0.0
@@ -85,7 +89,7 @@ class Repetition:
     async def _drive(self) -> Finish:
         problems = await self._plan()
         method = [Planned(action.name, action.at, order.seconds) for action, order in zip(self._scenario.method, self._orders, strict=False)]
-        machine = self._machine = RunMachine(method, self._scenario.observe_s)
+        machine = self._machine = RunMachine(method, self._scenario.observe_s, len(self._scenario.rollbacks))
         self._events.put_nowait(Checked(tuple(problems)))
         wake_s: float | None = None
         guard = asyncio.create_task(self._guard())
@@ -143,6 +147,8 @@ class Repetition:
                 self._spawn(self._inject(step.action))
             case Recover():
                 self._spawn(self._recover(step.action))
+            case RollBack():
+                self._spawn(self._roll_back(step.rollback))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -171,7 +177,8 @@ class Repetition:
         end_s = time.monotonic()
         if when == "before":
             self._facts["control_sched_wait_ms"] = 1e3 * (session.wait_s() - waited_s) / (end_s - begin_s)
-        seen = await session.observed(control_s=begin_s, begun_s=end_s, end_s=end_s, affected_s=scenario.affected_s)
+        counts = await asyncio.to_thread(session.counts, ())
+        seen = await session.observed(control_s=begin_s, begun_s=end_s, end_s=end_s, affected_s=scenario.affected_s, counts=counts)
         judged = self._judged(scenario.steady_state.probes, seen, {"before": {"sot", "edge", "continuous"}, "after": {"eot", "edge", "continuous"}}[when])
         if lack:
             judged.append(Judged(name="whole", value=lack, tolerance="whole", ok=False, reason=lack))
@@ -222,6 +229,21 @@ class Repetition:
         record.recovered_s = time.monotonic() - self._begun_s
         record.phase_after = str(self._machine.phase) if self._machine else ""
         self._events.put_nowait(Recovered(number))
+
+    async def _roll_back(self, number: int) -> None:
+        """Measure again and again, each time over a short window of its own, until it is as wanted or its time is up."""
+        wanted, session = self._scenario.rollbacks[number], self._session
+        deadline_s = time.monotonic() + wanted.within_s
+        while True:
+            begin_s = time.monotonic()
+            await asyncio.sleep(GUARD_S)
+            now_s, counts = time.monotonic(), await asyncio.to_thread(session.counts, ())
+            seen = await session.observed(control_s=begin_s, begun_s=now_s, end_s=now_s, affected_s=GUARD_S, strikes=self._strikes(), counts=counts)
+            found = Judged.of(wanted.name, PROBES[wanted.name](seen), wanted.tolerance)
+            if found.ok or now_s > deadline_s:
+                break
+        self._rollbacks.append(found)
+        self._events.put_nowait(RollbackSeen(number) if found.ok else RollbackMissed(number, f"not within {wanted.within_s:g} s: {found.reason}"))
 
     async def _guard(self) -> None:
         """Watch the continuous probes while faults are active; the first that is out of tolerance ends the repetition."""
@@ -287,6 +309,7 @@ class Repetition:
             tokens=scenario.load.tokens,
             rate=round(session.rate, 1),
             actions=self._records,
+            rollbacks=self._rollbacks,
             steady_states=self._steady,
             metrics={name: None if value is None else round(value, 4) for name, value in metrics.items()},
             affected_ms=struck,

@@ -102,6 +102,7 @@ class Record(BaseModel):
     tokens: int
     rate: float
     actions: list[ActionRecord]
+    rollbacks: list[Judged] = []
     steady_states: dict[str, list[Judged]]
     metrics: dict[str, float | None]
     affected_ms: list[float]
@@ -194,7 +195,8 @@ def journal(
             {"name": action.name, "repetition": record.repetition, "recovered_s": action.recovered_s, "problem": action.problem}
             for record in records
             for action in record.actions
-        ],
+        ]
+        + [found.model_dump() | {"repetition": record.repetition} for record in records for found in record.rollbacks],
         "platform": place.get("platform", ""),
         "node": place.get("node", ""),
         "metrics": dict(summary),

@@ -69,6 +69,35 @@ async def test_a_deviation_afterwards_fails_the_run() -> None:
     assert record.reason.startswith("after: availability")
 
 
+async def test_a_steady_state_may_ask_for_leaked_processes() -> None:
+    steady = {"title": "s", "probes": [{"name": "leak", "tolerance": 0}]}
+    session = FakeSession()
+    session.counted["more_processes"] = 0.0
+    assert (await run(session, **{"steady-state-hypothesis": steady})).ending == "PASSED"
+    session.counted["more_processes"] = 2.0
+    assert (await run(session, **{"steady-state-hypothesis": steady})).reason == "leak: 2 is not equal to 0"
+
+
+ROLLBACK = {"name": "availability", "tolerance": 1, "within_s": 30.0}
+
+
+async def test_a_rollback_is_measured_until_it_is_seen_and_is_kept() -> None:
+    session = FakeSession(failures=[0, 2, 1, 0])
+    record = await run(session, method=[action()], rollbacks=[ROLLBACK])
+    assert (record.ending, record.reason) == ("PASSED", "")
+    assert [(found.name, found.value, found.ok) for found in record.rollbacks] == [("availability", 1.0, True)]
+    assert session.failures == []  # two windows were not as wanted, the third was
+    assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+async def test_a_rollback_that_is_not_seen_in_time_fails_the_run() -> None:
+    never = FakeSession(failures=[0, 4])
+    record = await run(never, method=[action()], rollbacks=[ROLLBACK | {"within_s": 1e-6}])
+    assert record.ending == "DEVIATED"
+    assert "rollback: not within 1e-06 s: availability: 0 is not equal to 1" in record.reason
+    assert [found.ok for found in record.rollbacks] == [False]
+
+
 async def test_a_guard_ends_the_run_and_what_was_stopped_goes_on() -> None:
     session = FakeSession(failures=[0, *[4] * 1000])
     steady = {"title": "s", "probes": [{"name": "availability", "tolerance": ">= 0.5", "mode": "continuous"}]}
