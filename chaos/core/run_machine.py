@@ -346,16 +346,18 @@ class RunMachine:
             return steps
         if self._stop is not None:
             return self._end(self._stop, "; ".join(self.problems))
-        if self.phase is Phase.RECOVER:
-            if self._rollbacks_left is None:
-                self._rollbacks_left = set(range(self.num_rollbacks))
-                if self._rollbacks_left:
-                    return [RollBack(number) for number in sorted(self._rollbacks_left)]
+        return self._verify() if self.phase is Phase.RECOVER else []
+
+    def _verify(self) -> list[Step]:
+        """Everything is undone: the rollbacks, then the steady state."""
+        if self._rollbacks_left is None:
+            self._rollbacks_left = set(range(self.num_rollbacks))
             if self._rollbacks_left:
-                return []
-            self.phase = Phase.VERIFY
-            return [ProbeSteadyState("after")]
-        return []
+                return [RollBack(number) for number in sorted(self._rollbacks_left)]
+        if self._rollbacks_left:
+            return []
+        self.phase = Phase.VERIFY
+        return [ProbeSteadyState("after")]
 
     def _end(self, ending: Ending | None, reason: str) -> list[Step]:
         ending = Ending.DEVIATED if ending is None else ending
