@@ -103,10 +103,12 @@ def _plot_latencies(records: Sequence[Record], found: Sequence[Row], path: Path)
     """One small chart per scenario: the share of requests that took longer than so long, with the fault and without."""
     from matplotlib.figure import Figure
 
-    num_lines = -(-len(found) // COLUMNS)
+    # A scenario that never came to its fault has nothing to draw, and a logarithmic axis needs something.
+    charted = [row for row in found if any(record.scenario == row.scenario and record.is_counted and record.affected_ms for record in records)]
+    num_lines = max(1, -(-len(charted) // COLUMNS))
     figure = Figure(figsize=(4 * COLUMNS, 2.8 * num_lines), layout="constrained")
     axes = figure.subplots(num_lines, COLUMNS, squeeze=False)
-    for place, row in zip(axes.flat, found, strict=False):
+    for place, row in zip(axes.flat, charted, strict=False):
         mine = [record for record in records if record.scenario == row.scenario and record.is_counted]
         for name, values in (
             ("control", [value for record in mine for value in record.control_ms]),
@@ -115,8 +117,9 @@ def _plot_latencies(records: Sequence[Record], found: Sequence[Row], path: Path)
             ordered = sorted(values)
             place.step(ordered, [1 - number / len(ordered) for number in range(len(ordered))], where="post", label=name)
         place.set(title=row.scenario, xscale="log", yscale="log", xlabel="ms", ylabel="share slower")
-    _hide_rest(axes, len(found))
-    axes.flat[0].legend()
+    _hide_rest(axes, len(charted))
+    if charted:
+        axes.flat[0].legend()
     figure.savefig(path, dpi=110)
 
 

@@ -3,7 +3,7 @@
 A repetition is control_s (1 s: as long as the affected window it is compared with) + what the fault takes + 0.5 s to settle + about 0.6 s of questions.
 What the fault takes is the longer of observe_s and WHOLE_S, the time until everything that was lost runs again, most of it the start of Python
 processes with torch. Where the figures want at least 50 repetitions of actor faults and 20 of GPUs, those of both loads count together: 30 under
-ANY_COPY and 20 under EXACT, or 12 and 8. Stops of over 5 s come 5 times. Double losses ask for an outcome, not for a time: 6 of each. What stands in no
+ANY_COPY and 20 under EXACT, or 12 and 8. Stops of over 5 s come 5 times. Double losses ask for an outcome, not for a time: 5 of each. What stands in no
 row of the table (dropped and late replies, flipped bits, a stopped controller) comes 5 times.
 """
 

@@ -234,6 +234,14 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     assert invoke("report", str(tmp_path / "none.jsonl"))[0] == Ending.BAD_SCENARIO
 
 
+def test_a_report_is_made_even_when_no_fault_was_reached(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(0, "BASELINE_NOT_MET").model_copy(update={"affected_ms": [], "control_ms": []}))
+    assert "SIGKILL of an expert actor" in write_report(read_any(path), tmp_path / "out", source=path).read_text()
+    append_record(path, record(0, scenario="lose_gpu"))
+    assert "GPU lost" in write_report(read_any(path), tmp_path / "out", source=path).read_text()
+
+
 def test_list_names_every_fault_and_scenario() -> None:
     code, text = invoke("list")
     assert code == 0
