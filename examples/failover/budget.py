@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from chaos.core.experiment import Scenario
+from chaos.core.experiment import Action, Scenario
 from chaos.runner import SETTLE_S
 from chaos.scenario_files import ScenarioFile
 
@@ -29,13 +29,17 @@ SHORT_STOP_S = 0.25
 def repetition_s(scenario: Scenario) -> float:
     """About how long one repetition takes."""
     spans = [scenario.observe_s]
+    frozen_s = sum(_longest_s(action) for action in scenario.method if action.fault == "freeze_controller")  # nothing is repaired before that is over
     for action in scenario.method:
-        longest_s = max(action.seconds) if isinstance(action.seconds, tuple) else action.seconds or 0.0
-        is_seen_by_nobody = action.fault == "stop_actor" and longest_s <= SHORT_STOP_S
-        spans += [action.at + longest_s / 2, 0.0 if is_seen_by_nobody else action.at + WHOLE_S.get(action.fault, 0.0)]
+        is_seen_by_nobody = action.fault == "stop_actor" and _longest_s(action) <= SHORT_STOP_S
+        spans += [action.at + _longest_s(action) / 2, 0.0 if is_seen_by_nobody else action.at + frozen_s + WHOLE_S.get(action.fault, 0.0)]
     return scenario.control_s + max(spans) + SETTLE_S + QUESTIONS_S
 
 
 def planned_s(files: Iterable[ScenarioFile]) -> float:
     """About how long these scenarios take, all their repetitions."""
     return sum(OPEN_S + file.scenario.repetitions * repetition_s(file.scenario) for file in files)
+
+
+def _longest_s(action: Action) -> float:
+    return max(action.seconds) if isinstance(action.seconds, tuple) else action.seconds or 0.0

@@ -49,6 +49,10 @@ def test_a_fault_that_lasts_is_measured_for_as_long_as_it_is_judged() -> None:
 def test_the_double_losses_ask_who_answered_and_how_others_failed() -> None:
     assert str(FILES["double_loss"].scenario.assertions["lower_rungs"]) == "above 0"
     exact = FILES["double_loss_exact"].scenario
+    freeze = exact.method[0]
+    assert freeze.fault == "freeze_controller"
+    assert isinstance(freeze.seconds, float)
+    assert exact.load.timeout_s < freeze.seconds - exact.method[1].at  # whoever asks at the moment of the loss cannot outlast it by trying again
     assert {name: str(exact.assertions[name]) for name in ("failed", "failed_unexplained", "late")} == {
         "failed": "above 0",
         "failed_unexplained": "equal to 0",
