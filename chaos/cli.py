@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from chaos.scenario_files import ScenarioFile
     from chaos.target import LocalTarget
 
+EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
 app = typer.Typer(help="Faults on purpose, on a local cluster whose spec allows them.", no_args_is_help=True)
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the local cluster; default: .moelastic/local/default")]
 
@@ -35,34 +39,30 @@ def run(
     dry: Annotated[bool, typer.Option("--dry", help="check everything, choose targets, inject nothing")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Run a scenario. Exit code: 0 held, 1 deviated, 2 bad scenario, 3 steady state not met, 4 aborted by a guard, 5 interrupted."""
-    try:
-        file, target = _loaded(scenario), _target(run_dir)
-    except MoeError as error:
-        raise _refused(error) from error
-    try:
-        first = file.scenario.seed if seed is None else seed
-        typer.echo(f"{file.name} ({file.digest}), seed {first}: {file.scenario.title}; on {target.name} in {target.cluster.folder.path}")
-        _confirm(file, target, dry=dry, yes=yes, seed=first)
-        if dry:
-            raise typer.Exit(Ending.PASSED)
-        folder = Path("runs") / "chaos" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{file.name}"
-        outcome = _carry_out(file, target, folder, seed=first, repeat=repeat or file.scenario.repetitions, records=records, resume=resume)
-        _tell(outcome, journal_path or folder / "journal.json")
-    except MoeError as error:
-        raise _refused(error) from error
-    finally:
-        target.close()
-    raise typer.Exit(outcome.ending)
+    """Run a scenario.
+
+    Exit code: 0 held, 1 deviated, 2 bad scenario or refused, 3 steady state not met, 4 aborted by a guard, 5 interrupted, or not confirmed, 70 an
+    error in chaos itself, which says nothing about the cluster.
+    """
+    with _exit_codes():
+        file = _loaded(scenario)
+        with contextlib.closing(_target(run_dir)) as target:
+            first = file.scenario.seed if seed is None else seed
+            typer.echo(f"{file.name} ({file.digest}), seed {first}: {file.scenario.title}; on {target.name} in {target.cluster.folder.path}")
+            _confirm(file, target, dry=dry, yes=yes, seed=first)
+            if dry:
+                raise typer.Exit(Ending.PASSED)
+            folder = Path("runs") / "chaos" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{file.name}"
+            outcome = _carry_out(file, target, folder, seed=first, repeat=repeat or file.scenario.repetitions, records=records, resume=resume)
+            _tell(outcome, journal_path or folder / "journal.json")
+        raise typer.Exit(outcome.ending)
 
 
 @app.command()
 def validate(scenario: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped scenario")]) -> None:
     """Check a scenario: schema, faults, targets, probes, assertions. Nothing is injected, no cluster is needed."""
-    try:
+    with _exit_codes():
         file = _loaded(scenario)
-    except MoeError as error:
-        raise _refused(error) from error
     typer.echo(f"{file.path}: ok: {file.scenario.title} ({len(file.scenario.method)} actions, {len(file.scenario.assertions)} assertions)")
 
 
@@ -93,14 +93,12 @@ def report(
     """Tables, and plots, of what was recorded."""
     from chaos.report_files import read_any, tables, write_report
 
-    try:
+    with _exit_codes():
         found = read_any(records)
         if out is None:
             typer.echo("\n".join(tables(found)))
         else:
             typer.echo(f"wrote {write_report(found, out, source=records)}")
-    except MoeError as error:
-        raise _refused(error) from error
 
 
 def _loaded(scenario: str) -> ScenarioFile:
@@ -163,7 +161,19 @@ def _tell(outcome: Outcome, path: Path) -> None:
     typer.echo(f"{outcome.ending.name.lower()}; journal: {path}")
 
 
-def _refused(error: MoeError) -> typer.Exit:
-    """Say why, on stderr, and end with the code of a scenario that cannot be run, or of a cluster that is not in a state to be struck."""
-    typer.echo(f"{error.reason}: {error}", err=True)
-    return typer.Exit(Ending.BAD_SCENARIO if isinstance(error, ConfigError) else Ending.BASELINE_NOT_MET)
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Every way out has a code of its own: left alone, a crash and a Ctrl-C at the question would exit as 1, which says that a cluster deviated."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except MoeError as error:
+        typer.echo(f"{error.reason}: {error}", err=True)
+        raise typer.Exit(Ending.BAD_SCENARIO if isinstance(error, ConfigError) else Ending.BASELINE_NOT_MET) from error
+    except (typer.Abort, KeyboardInterrupt) as error:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(Ending.INTERRUPTED) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise typer.Exit(EXIT_CRASHED) from error

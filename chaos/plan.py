@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from chaos.core.experiment import Action
-from chaos.core.targets import Inventory, Target, check_blast_radius, select
+from chaos.core.targets import Inventory, Target, check_blast_radius, first_layer, select
 from chaos.faults.table import fault_of, settings_of
 from chaos.port import ClusterPort, FaultSettings
 from chaos.scenario_files import ScenarioFile
@@ -33,9 +33,10 @@ def dice(file: ScenarioFile, seed: int, number: int) -> random.Random:
 def choose(file: ScenarioFile, inventory: Inventory, *, model: str, rng: random.Random, number: int) -> list[Choice]:
     """Draw every action's target and numbers. Raises ConfigError when nobody fits, or the blast radius is exceeded."""
     choices: list[Choice] = []
+    layer = first_layer(inventory, model) if file.scenario.load.layer is None else file.scenario.load.layer
     for action in file.scenario.method:
         kind = fault_of(action)
-        target = select(inventory, action.target, model=model, rng=rng, turn=number, avoid=[choice.target for choice in choices])
+        target = select(inventory, action.target, model=model, rng=rng, layer=layer, turn=number, avoid=[choice.target for choice in choices])
         if kind.widen is not None:
             target = kind.widen(inventory, target, model)
         arguments = {name: _drawn(value, rng) for name, value in action.arguments.items()}

@@ -18,8 +18,9 @@ from cluster.core.errors import ConfigError
 
 COLUMNS = 3
 CAPTION = (
-    "Added latency is that of requests alive within 1 s of the fault less that of requests alive in the control window just before it: the same load, "
-    "the same cluster, at most 2 s earlier, pooled over all runs. Latency counts from when a request was due, so a stalled sender hides nothing. "
+    "Added latency is that of requests alive within 1 s of the fault (2 s of slow_replica, as long as it lasts) less that of requests alive in the control "
+    "window just before it: the same load, the same cluster, pooled over all runs. Latency counts from when a request was due, so a stalled sender hides "
+    "nothing. "
     "`detected` is an upper bound: the first of the router noting a loss or an ejection, a look at it showing one, and an answer by another copy. "
     "`exact again` is when the last answer ended in which an expert that was struck was not exact; `not exact elsewhere` counts answers that were not "
     "exact for experts that nobody struck (on a busy machine late rows go to shadows, without a fault, too); `copies again` is when the router's table "
@@ -104,10 +105,12 @@ def _plot_latencies(records: Sequence[Record], found: Sequence[Row], path: Path)
     """One small chart per scenario: the share of requests that took longer than so long, with the fault and without."""
     from matplotlib.figure import Figure
 
-    num_lines = -(-len(found) // COLUMNS)
+    # A scenario that never came to its fault has nothing to draw, and a logarithmic axis needs something.
+    charted = [row for row in found if any(record.scenario == row.scenario and record.is_counted and record.affected_ms for record in records)]
+    num_lines = max(1, -(-len(charted) // COLUMNS))
     figure = Figure(figsize=(4 * COLUMNS, 2.8 * num_lines), layout="constrained")
     axes = figure.subplots(num_lines, COLUMNS, squeeze=False)
-    for place, row in zip(axes.flat, found, strict=False):
+    for place, row in zip(axes.flat, charted, strict=False):
         mine = [record for record in records if record.scenario == row.scenario and record.is_counted]
         for name, values in (
             ("control", [value for record in mine for value in record.control_ms]),
@@ -116,8 +119,9 @@ def _plot_latencies(records: Sequence[Record], found: Sequence[Row], path: Path)
             ordered = sorted(values)
             place.step(ordered, [1 - number / len(ordered) for number in range(len(ordered))], where="post", label=name)
         place.set(title=row.scenario, xscale="log", yscale="log", xlabel="ms", ylabel="share slower")
-    _hide_rest(axes, len(found))
-    axes.flat[0].legend()
+    _hide_rest(axes, len(charted))
+    if charted:
+        axes.flat[0].legend()
     figure.savefig(path, dpi=110)
 
 

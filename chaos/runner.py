@@ -30,6 +30,9 @@ from chaos.core.run_machine import (
     Recover,
     Recovered,
     RecoverFailed,
+    RollBack,
+    RollbackMissed,
+    RollbackSeen,
     RunMachine,
     SteadyStateProbed,
     Step,
@@ -44,7 +47,7 @@ from chaos.scenario_files import ScenarioFile
 from chaos.session import Session
 from cluster.core.errors import MoeError
 
-SETTLE_S = 1.0
+SETTLE_S = 0.5
 SETTLE_TRIES = 3
 MODES = {"before": {"sot", "edge", "continuous"}, "after": {"eot", "edge", "continuous"}}
 GUARD_S = 0.5
@@ -65,6 +68,7 @@ class Repetition:
         self._orders: list[Order] = []
         self._injections: dict[int, Injection] = {}
         self._records: list[ActionRecord] = []
+        self._rollbacks: list[Judged] = []
         self._steady: dict[str, list[Judged]] = {"before": [], "after": []}
         self._machine: RunMachine | None = None
         self._control_s = self._begun_s = self._end_s = 0.0
@@ -87,7 +91,7 @@ class Repetition:
     async def _drive(self) -> Finish:
         problems = await self._plan()
         method = [Planned(action.name, action.at, order.seconds) for action, order in zip(self._scenario.method, self._orders, strict=False)]
-        machine = self._machine = RunMachine(method, self._scenario.observe_s)
+        machine = self._machine = RunMachine(method, self._scenario.observe_s, len(self._scenario.rollbacks))
         self._events.put_nowait(Checked(tuple(problems)))
         wake_s: float | None = None
         guard = asyncio.create_task(self._guard())
@@ -145,6 +149,8 @@ class Repetition:
                 self._spawn(self._inject(step.action))
             case Recover():
                 self._spawn(self._recover(step.action))
+            case RollBack():
+                self._spawn(self._roll_back(step.rollback))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -185,7 +191,8 @@ class Repetition:
         begin_s = time.monotonic()
         await asyncio.sleep(window_s)
         end_s = time.monotonic()
-        seen = await self._session.observed(control_s=begin_s, begun_s=end_s, end_s=end_s, affected_s=self._scenario.affected_s)
+        counts = await asyncio.to_thread(self._session.counts, ())
+        seen = await self._session.observed(control_s=begin_s, begun_s=end_s, end_s=end_s, affected_s=self._scenario.affected_s, counts=counts)
         return self._judged(self._scenario.steady_state.probes, seen, MODES[when])
 
     def _judged(self, probes: Sequence[Probe], seen: Observations, modes: set[str]) -> list[Judged]:
@@ -225,10 +232,27 @@ class Repetition:
             self._events.put_nowait(RecoverFailed(number, str(error)))
             return
         finally:
-            record.details = dict(injection.strikes[0].details) if injection.strikes else {}
+            # What proves that the fault struck is known only when it is over.
+            for strike in injection.strikes[:1]:
+                record.details |= strike.details
         record.recovered_s = time.monotonic() - self._begun_s
         record.phase_after = str(self._machine.phase) if self._machine else ""
         self._events.put_nowait(Recovered(number))
+
+    async def _roll_back(self, number: int) -> None:
+        """Measure again and again, each time over a short window of its own, until it is as wanted or its time is up."""
+        wanted, session = self._scenario.rollbacks[number], self._session
+        deadline_s = time.monotonic() + wanted.within_s
+        while True:
+            begin_s = time.monotonic()
+            await asyncio.sleep(GUARD_S)
+            now_s, counts = time.monotonic(), await asyncio.to_thread(session.counts, ())
+            seen = await session.observed(control_s=begin_s, begun_s=now_s, end_s=now_s, affected_s=GUARD_S, strikes=self._strikes(), counts=counts)
+            found = Judged.of(wanted.name, PROBES[wanted.name](seen), wanted.tolerance)
+            if found.ok or now_s > deadline_s:
+                break
+        self._rollbacks.append(found)
+        self._events.put_nowait(RollbackSeen(number) if found.ok else RollbackMissed(number, f"not within {wanted.within_s:g} s: {found.reason}"))
 
     async def _guard(self) -> None:
         """Watch the continuous probes while faults are active; the first that is out of tolerance ends the repetition."""
@@ -296,6 +320,7 @@ class Repetition:
             tokens=scenario.load.tokens,
             rate=round(session.rate, 1),
             actions=self._records,
+            rollbacks=self._rollbacks,
             steady_states=self._steady,
             metrics={name: None if value is None else round(value, 4) for name, value in metrics.items()},
             affected_ms=struck,

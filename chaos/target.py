@@ -49,6 +49,7 @@ class LocalTarget:
         self._token = read_token(connection.control_token_path)
         self._channel = grpc.insecure_channel(connection.control_address, options=(("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 500)))
         self._method = self._channel.unary_unary(STATUS_PATH, pb.GetClusterStatusRequest.SerializeToString, pb.GetClusterStatusResponse.FromString)
+        self._is_ours = False  # known once a controller answered; from then on one may be gone for a while, killed on purpose
         self._named: set[Process] = set()
         self._stopped: set[Process] = set()
         self._dead_man = DeadMan()
@@ -82,10 +83,20 @@ class LocalTarget:
             raise FleetError(message) from error
 
     def inventory(self) -> Inventory:
-        """What the cluster says it consists of; each process is checked to be one of this local cluster's own."""
+        """What the cluster says it consists of; each process is checked to be one of this local cluster's own.
+
+        Raises ConfigError when who answers as the controller is none of them: the connection then points to another cluster.
+        """
         status, members = self.status(), {process.pid: process for process in processes.members(self._state())}
         routers = {router.node_id: _process("router", router.pid, members) for router in status.routers if router.pid}
         controller = _listener(self.connection.control_address, members)
+        if controller is None and not self._is_ours:
+            message = (
+                f"the controller at {self.connection.control_address} is no process of the local cluster in {self.cluster.folder.path}: the connection "
+                "points to another cluster, and chaos strikes no other; give the --run-dir of the cluster that is meant"
+            )
+            raise ConfigError(message)
+        self._is_ours = True
         ready = [(actor, _process(actor.actor_id, actor.pid, members)) for actor in status.actors if actor.state == "ready"]
         found = Inventory(
             actors=tuple(_actor(actor, process) for actor, process in ready if process is not None),
@@ -102,7 +113,8 @@ class LocalTarget:
         self._signal(process, signal.SIGKILL)
 
     def stop(self, process: Process) -> None:
-        """SIGSTOP it. Should this process die first, another one resumes it."""
+        """SIGSTOP it. Should this process die first, another one resumes it: one that may be stopped at all, so that no stranger is ever resumed."""
+        self._check(process)
         self._stopped.add(process)
         self._dead_man.guard(process)
         self._signal(process, signal.SIGSTOP)
@@ -149,13 +161,17 @@ class LocalTarget:
         return await FaultPort(actor.incarnation, actor.address, self._link_secret()).ask(fault, settings)
 
     def _signal(self, process: Process, number: signal.Signals) -> None:
+        self._check(process)
+        os.kill(process.pid, number)
+
+    def _check(self, process: Process) -> None:
+        """Raise ConfigError for a process that the status did not name, FleetError for one that is gone."""
         if process not in self._named:
             message = f"process {process.pid} was not named by the status of {self.name}: chaos touches nothing else"
             raise ConfigError(message)
         if not self.is_alive(process):
             message = f"{process.what}: process {process.pid} is gone; look again with `moelastic status`"
             raise FleetError(message)
-        os.kill(process.pid, number)
 
     def _status_of(self, process: Process) -> str | None:
         try:

@@ -59,7 +59,10 @@ class Action(_Section):
 
 
 class Rollback(_Section):
-    """What must be seen before a repetition counts as recovered, beside each fault's own recovery."""
+    """What must be seen before a repetition counts as recovered, beside each fault's own recovery, which needs no word here.
+
+    Asked for once every fault is undone, unless the run was stopped, and measured over half a second again and again; unseen, the repetition deviated.
+    """
 
     type: Literal["probe"] = "probe"
     name: Name

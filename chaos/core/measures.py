@@ -12,6 +12,7 @@ from cluster.core.ids import ExpertId, Incarnation
 
 LATE_SLACK_S = 0.02
 READY = "ready"
+EXPLICIT = "EXPERT_UNAVAILABLE"
 TRUSTED = frozenset({READY, "suspected"})
 Measure = Callable[[Observations], float | None]
 
@@ -34,6 +35,11 @@ def latencies_ms(requests: Iterable[Request]) -> list[float]:
 def num_failed(seen: Observations) -> float:
     """Requests that ended in an error."""
     return float(sum(not request.is_ok for request in seen.requests))
+
+
+def num_failed_unexplained(seen: Observations) -> float:
+    """Requests that ended in another error than the one which says that no copy of an expert may answer: neither served nor told why."""
+    return float(sum(request.status != EXPLICIT for request in seen.requests if not request.is_ok))
 
 
 def num_late(seen: Observations) -> float:
@@ -64,6 +70,11 @@ def num_unaccounted(seen: Observations) -> float:
 def num_degraded(seen: Observations) -> float:
     """Choices that no full-precision copy answered."""
     return float(sum(sum(request.outcomes[1:-1]) for request in seen.requests if request.is_ok))
+
+
+def num_lower_rungs(seen: Observations) -> float:
+    """Choices that a rung below the shadow answered for: fewer experts, the generalist or the dense fallback."""
+    return float(sum(sum(request.outcomes[2:5]) for request in seen.requests if request.is_ok))
 
 
 def degraded_share(seen: Observations) -> float | None:
@@ -188,12 +199,14 @@ def amplification(seen: Observations) -> float | None:
 
 MEASURES: dict[str, Measure] = {
     "failed": num_failed,
+    "failed_unexplained": num_failed_unexplained,
     "late": num_late,
     "availability": availability,
     "wrong": num_wrong,
     "unchecked": num_unchecked,
     "unaccounted": num_unaccounted,
     "degraded": num_degraded,
+    "lower_rungs": num_lower_rungs,
     "degraded_share": degraded_share,
     "epoch_regressions": num_epoch_regressions,
     "stale": num_stale,

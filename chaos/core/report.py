@@ -12,9 +12,22 @@ from chaos.core.run_machine import Ending
 from chaos.core.tolerance import Tolerance, Verdict
 
 SUMMED = (
-    "requests", "failed", "late", "wrong", "unchecked", "unaccounted", "degraded", "epoch_regressions", "stale", "ejections", "router_ejections",
-    "redispatches", "inexact_elsewhere",
-)  # fmt: skip
+    "requests",
+    "failed",
+    "failed_unexplained",
+    "late",
+    "wrong",
+    "unchecked",
+    "unaccounted",
+    "degraded",
+    "lower_rungs",
+    "epoch_regressions",
+    "stale",
+    "ejections",
+    "router_ejections",
+    "redispatches",
+    "inexact_elsewhere",
+)
 SPREAD = (
     "first_other_ms",
     "detected_ms",
@@ -93,6 +106,7 @@ class Record(BaseModel):
     tokens: int
     rate: float
     actions: list[ActionRecord]
+    rollbacks: list[Judged] = []
     steady_states: dict[str, list[Judged]]
     metrics: dict[str, float | None]
     affected_ms: list[float]
@@ -186,7 +200,8 @@ def journal(
             {"name": action.name, "repetition": record.repetition, "recovered_s": action.recovered_s, "problem": action.problem}
             for record in records
             for action in record.actions
-        ],
+        ]
+        + [found.model_dump() | {"repetition": record.repetition} for record in records for found in record.rollbacks],
         "platform": place.get("platform", ""),
         "node": place.get("node", ""),
         "metrics": dict(summary),

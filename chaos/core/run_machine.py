@@ -3,7 +3,8 @@
     VALIDATE -> BASELINE -> INJECT -> OBSERVE -> RECOVER -> VERIFY -> DONE
                                   +----------+-> ABORTED
 
-Whatever happens, every action whose injection was begun is recovered, the last one first, before the machine ends: it has no other way out.
+Whatever happens, every action whose injection was begun is recovered, the last one first, before the machine ends: it has no other way out. Only then,
+and unless something stopped the run, it asks for the rollbacks: what must be seen, each within its time, before the steady state is measured again.
 """
 
 from __future__ import annotations
@@ -104,6 +105,21 @@ class RecoverFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class RollbackSeen:
+    """What a rollback wants was seen."""
+
+    rollback: int
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackMissed:
+    """It was not, within its time."""
+
+    rollback: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GuardTripped:
     """A stop condition came true."""
 
@@ -117,7 +133,9 @@ class Interrupted:
     reason: str
 
 
-Event = Checked | SteadyStateProbed | TimePassed | Injected | InjectFailed | Recovered | RecoverFailed | GuardTripped | Interrupted
+Event = (
+    Checked | SteadyStateProbed | TimePassed | Injected | InjectFailed | Recovered | RecoverFailed | RollbackSeen | RollbackMissed | GuardTripped | Interrupted
+)
 
 
 # Steps, in the imperative.
@@ -145,6 +163,13 @@ class Recover:
 
 
 @dataclass(frozen=True, slots=True)
+class RollBack:
+    """Wait until what this rollback wants is seen, then tell RollbackSeen or RollbackMissed."""
+
+    rollback: int
+
+
+@dataclass(frozen=True, slots=True)
 class WakeAt:
     """Tell TimePassed at this time, unless something happens before."""
 
@@ -159,7 +184,7 @@ class Finish:
     reason: str
 
 
-Step = ProbeSteadyState | Inject | Recover | WakeAt | Finish
+Step = ProbeSteadyState | Inject | Recover | RollBack | WakeAt | Finish
 
 
 class _State(IntEnum):
@@ -176,10 +201,12 @@ class RunMachine:
 
     method: Sequence[Planned]
     observe_s: float
+    num_rollbacks: int = 0
     phase: Phase = Phase.VALIDATE
     problems: list[str] = field(default_factory=list)
     _states: list[_State] = field(default_factory=list)
     _until_s: dict[int, float] = field(default_factory=dict)
+    _rollbacks_left: set[int] | None = None
     _begun_s: float = 0.0
     _last_injected_s: float = 0.0
     _stop: Ending | None = None
@@ -203,6 +230,8 @@ class RunMachine:
                 return self._on_probed(event, now_s)
             case Injected() | InjectFailed() | Recovered() | RecoverFailed():
                 self._on_action(event)
+            case RollbackSeen() | RollbackMissed():
+                self._on_rollback(event)
             case GuardTripped():
                 self._halt(Ending.ABORTED, event.reason)
             case Interrupted():
@@ -249,6 +278,12 @@ class RunMachine:
             case RecoverFailed():
                 self._states[event.action] = _State.GONE
                 self.problems.append(f"{name}: not recovered: {event.reason}")
+
+    def _on_rollback(self, event: RollbackSeen | RollbackMissed) -> None:
+        if self._rollbacks_left is not None:
+            self._rollbacks_left.discard(event.rollback)
+        if isinstance(event, RollbackMissed):
+            self.problems.append(f"rollback: {event.reason}")
 
     def _halt(self, ending: Ending, reason: str) -> None:
         """End the timeline; the first reason counts for the ending, all are told."""
@@ -311,10 +346,18 @@ class RunMachine:
             return steps
         if self._stop is not None:
             return self._end(self._stop, "; ".join(self.problems))
-        if self.phase is Phase.RECOVER:
-            self.phase = Phase.VERIFY
-            return [ProbeSteadyState("after")]
-        return []
+        return self._verify() if self.phase is Phase.RECOVER else []
+
+    def _verify(self) -> list[Step]:
+        """Everything is undone: the rollbacks, then the steady state."""
+        if self._rollbacks_left is None:
+            self._rollbacks_left = set(range(self.num_rollbacks))
+            if self._rollbacks_left:
+                return [RollBack(number) for number in sorted(self._rollbacks_left)]
+        if self._rollbacks_left:
+            return []
+        self.phase = Phase.VERIFY
+        return [ProbeSteadyState("after")]
 
     def _end(self, ending: Ending | None, reason: str) -> list[Step]:
         ending = Ending.DEVIATED if ending is None else ending

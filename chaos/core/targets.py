@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from chaos.core.experiment import Limits, Selector
@@ -78,8 +78,19 @@ class Target:
         return frozenset(actor.incarnation for actor in self.actors)
 
 
-def select(inventory: Inventory, selector: Selector, *, model: str, rng: random.Random, turn: int = 0, avoid: Sequence[Target] = ()) -> Target:
-    """Choose whom to strike; `turn` is the repetition, for `rotate`; nobody in `avoid` is chosen again. Raises ConfigError when nobody fits."""
+def first_layer(inventory: Inventory, model: str) -> int | None:
+    """The first MoE layer of a model, which is the load's unless it says otherwise; None where nobody holds any."""
+    return min((expert.layer for actor in inventory.actors for expert in actor.replicas | actor.shadows if expert.model == model), default=None)
+
+
+def select(
+    inventory: Inventory, selector: Selector, *, model: str, rng: random.Random, layer: int | None = None, turn: int = 0, avoid: Sequence[Target] = ()
+) -> Target:
+    """Choose whom to strike; `turn` is the repetition, for `rotate`; nobody in `avoid` is chosen again. Raises ConfigError when nobody fits.
+
+    With `layer`, only who holds something of that layer: after repairs an actor may hold none of what the load asks for, and its loss would prove nothing.
+    """
+    inventory = inventory if layer is None else _of_layer(inventory, layer)
     taken = {incarnation for target in avoid for incarnation in target.incarnations}
     match selector.kind:
         case "actor":
@@ -153,6 +164,15 @@ def _node(inventory: Inventory, selector: Selector, model: str, rng: random.Rand
     node = _picked(fitting, selector, rng, turn, "a node that hosts a replica and neither a router nor the controller")
     actors = tuple(actor for actor in inventory.actors if actor.node_id == node.node_id)
     return Target("node", node.name, actors, tuple(actor.process for actor in actors), node)
+
+
+def _of_layer(inventory: Inventory, layer: int) -> Inventory:
+    """As if nobody held anything of another layer."""
+
+    def of_layer(held: frozenset[ExpertId]) -> frozenset[ExpertId]:
+        return frozenset(expert for expert in held if expert.layer == layer)
+
+    return replace(inventory, actors=tuple(replace(actor, replicas=of_layer(actor.replicas), shadows=of_layer(actor.shadows)) for actor in inventory.actors))
 
 
 def _has_role(actor: ActorView, selector: Selector, model: str) -> bool:

@@ -1,7 +1,4 @@
-"""Faults that an actor plays itself when a fault frame asks for it: begun by one frame, ended by `heal`, proven by the count that `state` tells.
-
-A fault that was there and struck no frame proves nothing: its repetition fails.
-"""
+"""Faults that an actor plays itself when a fault frame asks for it: begun by one frame, ended by `heal`, proven by the count that `state` tells."""
 
 from __future__ import annotations
 
@@ -18,44 +15,44 @@ from cluster.core.ids import ExpertId
 
 HEAL = "heal"
 STATE = "state"
-COUNTS = "counts"
 
 
 async def play(order: Order, injection: Injection, fault: str, settings: dict[str, Any], *, experts: frozenset[ExpertId] = frozenset()) -> None:
     """Have every struck actor play it."""
-    injection.held[COUNTS] = [await _struck(order, actor) for actor in order.target.actors]
     given = settings | ({} if order.seconds is None else {"seconds": order.seconds})
     for actor in order.target.actors:
+        before = (await _state(order, actor))["struck"].get(fault, 0)
         injection.strikes.append(Strike(fault, order.target.name, frozenset({actor.incarnation}), order.clock(), experts=experts, details=dict(given)))
         said = await order.cluster.ask(actor, fault, given)
         injection.strikes[-1].details["said"] = said
+        injection.held[_key(actor)] = before
 
 
 async def heal(order: Order, injection: Injection) -> None:
-    """End what every struck actor plays, and see that it ended; note how often it struck. One that is gone must have been replaced.
+    """End what every struck actor plays, see that it ended, and how often it struck. One that is gone must have been replaced.
 
-    Raises FleetError when one did not end, or was healed and had struck nothing.
+    Raises FleetError for an actor that outlived its fault without having been struck once: what was measured is then nobody's failover.
     """
-    survived = True
+    survived, spared = True, []
     for number, actor in enumerate(injection.target.actors):
         try:
-            after = await _healed(order, actor)
+            struck = await _healed(order, actor)
         except FleetError:
             survived = False
             await _see_it_gone(order, actor)
-        else:
-            _note(injection, number, after)
+            continue
+        if number < len(injection.strikes) and _note(injection, number, struck) <= injection.held.get(_key(actor), -1):
+            spared.append(f"{injection.strikes[number].fault} struck nothing in {actor.incarnation}")
     mended(order, injection, is_mended=survived)
-    for strike in injection.strikes:
-        if strike.details.get("struck", {strike.fault: 1}).get(strike.fault, 0) == 0:
-            message = f"{strike.target}: {strike.fault} was there and struck no frame: nothing is proven; let it last longer, or send more load"
-            raise FleetError(message)
+    if spared:
+        message = f"{'; '.join(spared)}: it was there and no frame met it, so this repetition proves nothing; send more load, or strike for longer"
+        raise FleetError(message)
 
 
 async def _healed(order: Order, actor: ActorView) -> dict[str, int]:
-    before = json.loads(await order.cluster.ask(actor, STATE, {}))
+    before = await _state(order, actor)
     await order.cluster.ask(actor, HEAL, {})
-    after = json.loads(await order.cluster.ask(actor, STATE, {}))
+    after = await _state(order, actor)
     if after["active"]:
         message = f"{actor.incarnation}: still plays {', '.join(after['active'])} after it was healed"
         raise FleetError(message)
@@ -63,10 +60,14 @@ async def _healed(order: Order, actor: ActorView) -> dict[str, int]:
     return struck
 
 
-async def _struck(order: Order, actor: ActorView) -> dict[str, int]:
-    """How often each fault has struck in this life of an actor: earlier repetitions count, too."""
-    struck: dict[str, int] = json.loads(await order.cluster.ask(actor, STATE, {}))["struck"]
-    return struck
+async def _state(order: Order, actor: ActorView) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(await order.cluster.ask(actor, STATE, {}))
+    return found
+
+
+def _key(actor: ActorView) -> str:
+    """Where an injection holds how often the actor had been struck before: it counts from its own start on."""
+    return f"struck before in {actor.incarnation}"
 
 
 async def _see_it_gone(order: Order, actor: ActorView) -> None:
@@ -79,9 +80,8 @@ async def _see_it_gone(order: Order, actor: ActorView) -> None:
     await wait_until(order, is_gone, f"{actor.incarnation} answers no fault frame and is gone")
 
 
-def _note(injection: Injection, number: int, after: dict[str, int]) -> None:
-    """How often faults struck since this one was asked for; of one that was never taken nothing is said."""
-    if number < len(injection.strikes) and "said" in (strike := injection.strikes[number]).details:
-        before = injection.held[COUNTS][number]
-        struck = {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
-        injection.strikes[number] = replace(strike, details=strike.details | {"struck": struck})
+def _note(injection: Injection, number: int, struck: dict[str, int]) -> int:
+    """Keep the proof; how often this fault has struck by now."""
+    strike = injection.strikes[number]
+    injection.strikes[number] = replace(strike, details=strike.details | {"struck": struck})
+    return struck.get(strike.fault, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chaos.core.observations import Strike
-from chaos.faults.recovery import look, mended, wait_until
+from chaos.faults.recovery import look, mended, resume_stopped, wait_until
 from chaos.port import FaultSettings, Injection, Order
 
 
@@ -20,7 +20,6 @@ async def inject(order: Order, injection: Injection) -> None:
 
 async def recover(order: Order, injection: Injection) -> None:
     """Let it go on; see that it, or its successor, answers."""
-    for process in injection.target.processes:
-        order.cluster.resume(process)
+    resume_stopped(order, injection)
     await wait_until(order, lambda: look(order) is not None, "the controller answers")
     mended(order, injection, is_mended=True)

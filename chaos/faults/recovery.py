@@ -34,6 +34,16 @@ async def wait_until_replaced(order: Order, actors: tuple[ActorView, ...]) -> No
     await wait_until(order, is_replaced, f"{', '.join(str(actor.incarnation) for actor in actors)} in a later life")
 
 
+def resume_stopped(order: Order, injection: Injection) -> None:
+    """Let stopped processes go on. Raises FleetError, all of them resumed, for one that was found running: it had not been stopped."""
+    ran = [process.what for process in injection.target.processes if order.cluster.is_running(process)]
+    for process in injection.target.processes:
+        order.cluster.resume(process)
+    if ran:
+        message = f"{', '.join(ran)}: ran when it was to be resumed: it was not stopped, or somebody else let it go on; this repetition proves nothing"
+        raise FleetError(message)
+
+
 def look(order: Order) -> Inventory | None:
     """The inventory; None while the controller does not answer."""
     try:

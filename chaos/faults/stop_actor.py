@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chaos.core.observations import Strike
-from chaos.faults.recovery import look, mended, wait_until
+from chaos.faults.recovery import look, mended, resume_stopped, wait_until
 from chaos.port import FaultSettings, Injection, Order
 from cluster.core.errors import FleetError
 
@@ -32,8 +32,7 @@ async def inject(order: Order, injection: Injection) -> None:
 
 async def recover(order: Order, injection: Injection) -> None:
     """Let them go on; see that each runs, or, where it was given up meanwhile, was replaced."""
-    for process in injection.target.processes:
-        order.cluster.resume(process)
+    resume_stopped(order, injection)
     survived = all(order.cluster.is_alive(process) for process in injection.target.processes)
     mended(order, injection, is_mended=survived)
 

@@ -1,6 +1,7 @@
 """`python -m examples.failover`, which `make chaos` runs: every scenario, as often as asked, on clusters of its own; then the report.
 
-Each repetition is one line of `docs/failover/records.jsonl`. What is there already counts: an interrupted campaign goes on where it was.
+Each repetition is one line of `docs/failover/records.jsonl`. What is there already counts: an interrupted campaign goes on where it was. All of it
+takes under an hour on two cores; `budget` says why, in seconds per repetition.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cluster.deploy.connection import FILE_NAME, Connection
 from cluster.local.cluster import LocalCluster
 from cluster.local.run_folder import RunFolder
 from cluster.local.settings import PROJECT_ROOT, LocalSettings
+from examples.failover.budget import DEPLOY_S, NUM_DEPLOYMENTS, planned_s
 from examples.failover.layer import save_layer
 
 EXIT_FAILED = 1
@@ -65,6 +67,7 @@ def _run_all(options: argparse.Namespace) -> list[Outcome]:
         ("chaos_exact.yaml", [file for file in wanted if file.name in TWO_REPLICAS]),
     )
     outcomes: list[Outcome] = []
+    _say(f"{len(wanted)} scenarios: about {NUM_DEPLOYMENTS * DEPLOY_S / 60 + planned_s(wanted) / 60:.0f} minutes when nothing is recorded yet")
     for config, files in groups:
         left = [file for file in files if _num_missing(file, options) > 0]
         if left:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,12 +49,12 @@ class FakeCluster:
     killed: set[Process] = field(default_factory=set)
     stopped: set[Process] = field(default_factory=set)
     playing: dict[str, list[str]] = field(default_factory=dict)
+    struck: Counter[str] = field(default_factory=Counter)
     refuses: str = ""
     name: str = "fake"
     is_silent: bool = False
     stops: bool = True
     num_struck: int = 3
-    struck_before: Mapping[str, int] = field(default_factory=dict)
 
     def inventory(self) -> Inventory:
         if self.is_silent:
@@ -102,12 +103,12 @@ class FakeCluster:
         active = self.playing.setdefault(actor.incarnation.actor_id, [])
         match fault:
             case "state":
-                struck = {name: self.struck_before.get(name, 0) + self.num_struck for name in active}
-                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": {**self.struck_before, **struck}})
+                return json.dumps({"active": dict.fromkeys(active, 1.0), "struck": self.struck})
             case "heal":
                 active.clear()
             case _:
                 active.append(fault)
+                self.struck[fault] += self.num_struck
         return f"{fault} with {sorted(settings)}"
 
     def _may(self, what: str) -> None:
@@ -213,12 +214,13 @@ class FakeSession:
     layer: _Named = _Named()
     watcher: _Watcher = field(default_factory=_Watcher)
     load: _Load = field(default_factory=_Load)
+    counted: dict[str, float] = field(default_factory=dict)
 
     def count_from_here(self) -> None:
         """Nothing is counted."""
 
     def counts(self, _requests: Iterable[Request]) -> dict[str, float]:
-        return {}
+        return dict(self.counted)
 
     def wait_s(self) -> float:
         return 0.0

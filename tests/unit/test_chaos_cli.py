@@ -11,23 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from chaos import campaign, cli, runner, target
+from chaos import campaign, cli, runner
 from chaos.campaign import Outcome, append_record, read_records
 from chaos.core.report import Judged, Record, ending_of, journal, judge, summarise, unknown_assertions
 from chaos.core.run_machine import Ending
-from chaos.core.targets import Process
 from chaos.core.tolerance import Tolerance
 from chaos.report_files import read_any, write_report
 from chaos.scenario_files import SHIPPED, find, load, names
-from chaos.target import LocalTarget
 from cluster.cli.app import app
 from cluster.core.errors import ConfigError
-from cluster.core.spec import ClusterSpec
-from cluster.deploy.connection import Connection
-from cluster.local.run_folder import RunFolder
-from cluster.store import ControlStore
 from kit.chaos import FakeCluster, FakeSession, scenario_file
 
 JOURNAL_KEYS = {"experiment", "status", "deviated", "start", "end", "duration", "steady_states", "run", "rollbacks", "platform", "node"}
@@ -118,37 +113,32 @@ def test_no_cluster_is_a_refusal_that_says_what_to_do(tmp_path: Path) -> None:
     assert "moelastic up --local" in text
 
 
-def deployed(tmp_path: Path, chaos: str, monkeypatch: pytest.MonkeyPatch) -> Connection:
-    """The records of a deployment on a local cluster that seems to run."""
-    spec = ClusterSpec.model_validate({"name": "d", "models": [{"name": "m", "path": "/nowhere"}], "chaos": chaos})
-    store = ControlStore(tmp_path / "control")
-    store.take_over()
-    store.put_goal(spec.model_dump_json())
-    store.close()
-    state = SimpleNamespace(temp_dir=tmp_path, nodes=())
-    monkeypatch.setattr(target.LocalCluster, "find", lambda folder: SimpleNamespace(folder=folder, state=state, is_usable=True))
-    return Connection(name="d", router_address="127.0.0.1:1", control_address="127.0.0.1:1", control_token_path=tmp_path / "control" / "control_token")
+def test_a_crash_of_chaos_itself_is_no_deviation(fake: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_carry_out", lambda *_arguments, **_options: 1 / 0)
+    code, text = invoke("run", "kill_actor", "--yes")
+    assert code == cli.EXIT_CRASHED
+    assert code not in set(Ending)
+    assert "ZeroDivisionError" in text
+    assert fake.done == []
 
 
-def test_a_cluster_whose_recorded_spec_does_not_allow_chaos_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connection = deployed(tmp_path, "refused", monkeypatch)
-    with pytest.raises(ConfigError, match=r"chaos: refused.*set `chaos: allowed`"):
-        LocalTarget(RunFolder(tmp_path), connection)
+@pytest.mark.parametrize("error", [typer.Abort, KeyboardInterrupt])
+def test_a_question_that_is_not_answered_is_an_interruption(error: type[BaseException], fake: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_confirm", asked)
+    code, text = invoke("run", "kill_actor")
+    assert (code, fake.done) == (Ending.INTERRUPTED, [])
+    assert "interrupted" in text
 
 
-def test_a_process_that_the_status_did_not_name_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    connection = deployed(tmp_path, "allowed", monkeypatch)
-    (tmp_path / "control" / "control_token").write_text("t")
-    found = LocalTarget(RunFolder(tmp_path), connection)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        process = Process("stranger", stranger.pid, psutil.Process(stranger.pid).create_time())
-        for strike in (found.kill, found.stop):
-            with pytest.raises(ConfigError, match="was not named by the status of d"):
-                strike(process)
-        assert found.is_running(process)
-        assert not found.is_alive(Process("another life", stranger.pid, process.start_s - 5))
-        stranger.communicate(b"\n")
-    found.close()
+def test_the_help_tells_every_exit_code() -> None:
+    code, text = invoke("run", "--help")
+    assert code == 0
+    words = " ".join(text.replace("│", " ").split())
+    assert "Exit code: 0 held, 1 deviated, 2 bad scenario or refused, 3 steady state not met, 4 aborted by a guard, 5 interrupted" in words
+    assert f"{cli.EXIT_CRASHED} an error in chaos itself" in words
 
 
 def test_what_was_stopped_goes_on_when_the_one_who_stopped_it_is_killed() -> None:
@@ -268,6 +258,14 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     assert code == 0
     assert "SIGKILL of an expert actor" in printed
     assert invoke("report", str(tmp_path / "none.jsonl"))[0] == Ending.BAD_SCENARIO
+
+
+def test_a_report_is_made_even_when_no_fault_was_reached(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(0, "BASELINE_NOT_MET").model_copy(update={"affected_ms": [], "control_ms": []}))
+    assert "SIGKILL of an expert actor" in write_report(read_any(path), tmp_path / "out", source=path).read_text()
+    append_record(path, record(0, scenario="lose_gpu"))
+    assert "GPU lost" in write_report(read_any(path), tmp_path / "out", source=path).read_text()
 
 
 def test_list_names_every_fault_and_scenario() -> None:

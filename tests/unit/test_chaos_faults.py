@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from chaos.core.experiment import Action, Limits, Selector
 from chaos.core.targets import Target, check_blast_radius, select, shadow_holder
 from chaos.faults.table import FAULTS, fault_of
+from chaos.plan import choose
 from chaos.port import Injection
 from cluster.core.errors import ConfigError, FleetError
-from kit.chaos import MODEL, FakeCluster, order_of, small_inventory
+from cluster.core.ids import ExpertId
+from kit.chaos import MODEL, FakeCluster, action, order_of, scenario_file, small_inventory
 
 
 def target_of(cluster: FakeCluster, fault: str) -> Target:
@@ -46,31 +49,40 @@ async def test_the_proof_that_an_actor_misbehaved_is_kept(fault: str) -> None:
     assert set(injection.strikes[0].details["struck"].values()) == {3}
 
 
-async def test_a_fault_that_struck_nothing_is_healed_and_fails_its_run() -> None:
+@pytest.mark.parametrize("fault", ["stuck_compute", "slow_actor", "nan_weights", "inf_weights", "flip_weights", "drop_replies", "late_replies"])
+async def test_a_fault_that_no_frame_met_is_no_proof_and_an_earlier_strike_does_not_stand_in_for_it(fault: str) -> None:
+    cluster = FakeCluster()
+    order = order_of(cluster, target_of(cluster, fault), fault, seconds=1.0)
+    first, second = Injection(order.target, []), Injection(order.target, [])
+    await FAULTS[fault].inject(order, first)
+    await FAULTS[fault].recover(order, first)
+    cluster.num_struck = 0
+    await FAULTS[fault].inject(order, second)
+    with pytest.raises(FleetError, match="struck nothing in actor-0/g1"):
+        await FAULTS[fault].recover(order, second)
+    assert not any(cluster.playing.values())
+
+
+async def test_an_actor_that_died_of_its_fault_need_not_tell_how_often_it_was_struck() -> None:
     cluster = FakeCluster(num_struck=0)
     order = order_of(cluster, target_of(cluster, "stuck_compute"), "stuck_compute", seconds=1.0)
     injection = Injection(order.target, [])
     await FAULTS["stuck_compute"].inject(order, injection)
-    with pytest.raises(FleetError, match="stuck_compute was there and struck no frame"):
-        await FAULTS["stuck_compute"].recover(order, injection)
-    assert not any(cluster.playing.values())
-    assert all(strike.gone_s is not None for strike in injection.strikes)
+    cluster.kill(order.target.processes[0])
+    cluster.refuses = "state"
+    await FAULTS["stuck_compute"].recover(order, injection)
+    assert not injection.strikes[0].is_mended
 
 
-async def test_what_struck_in_an_earlier_repetition_proves_nothing() -> None:
-    cluster = FakeCluster(num_struck=0, struck_before={"stuck_compute": 7})
-    order = order_of(cluster, target_of(cluster, "stuck_compute"), "stuck_compute", seconds=1.0)
+@pytest.mark.parametrize("fault", ["stop_actor", "freeze_controller"])
+async def test_what_runs_when_it_is_to_be_resumed_was_not_stopped(fault: str) -> None:
+    cluster = FakeCluster()
+    order = order_of(cluster, target_of(cluster, fault), fault, seconds=1.0)
     injection = Injection(order.target, [])
-    await FAULTS["stuck_compute"].inject(order, injection)
-    with pytest.raises(FleetError, match="struck no frame"):
-        await FAULTS["stuck_compute"].recover(order, injection)
-
-
-async def test_a_process_that_runs_on_after_it_was_stopped_is_no_fault() -> None:
-    cluster = FakeCluster(stops=False)
-    order = order_of(cluster, target_of(cluster, "stop_actor"), "stop_actor", seconds=1.0)
-    with pytest.raises(FleetError, match="runs on after SIGSTOP"):
-        await FAULTS["stop_actor"].inject(order, Injection(order.target, []))
+    await FAULTS[fault].inject(order, injection)
+    cluster.stopped.clear()
+    with pytest.raises(FleetError, match="it was not stopped"):
+        await FAULTS[fault].recover(order, injection)
 
 
 async def test_a_recovery_that_is_not_seen_is_an_error_and_not_assumed() -> None:
@@ -113,6 +125,17 @@ def test_the_same_seed_chooses_alike_and_rotation_takes_turns() -> None:
     assert hottest.actors[0].incarnation.actor_id == "actor-2"
 
 
+def test_who_holds_nothing_of_the_layer_under_load_is_not_struck() -> None:
+    inventory = small_inventory()
+    elsewhere = [replace(actor, replicas=frozenset({ExpertId(MODEL, 2, number)})) for number, actor in enumerate(inventory.actors)]
+    mixed = replace(inventory, actors=(*elsewhere[:3], inventory.actors[3]))
+    names = {choose(scenario_file(method=[action()]), mixed, model=MODEL, rng=random.Random(1), number=turn)[0].target.name for turn in range(4)}
+    assert names == {"actor-3/g1"}
+    of_layer_2 = scenario_file(method=[action()], load={"layer": 2})
+    names = {choose(of_layer_2, mixed, model=MODEL, rng=random.Random(1), number=turn)[0].target.name for turn in range(4)}
+    assert names == {"actor-0/g1", "actor-1/g1", "actor-2/g1"}
+
+
 def test_a_node_that_hosts_the_router_or_the_head_is_never_lost() -> None:
     inventory = small_inventory()
     names = {
@@ -139,6 +162,13 @@ def test_nobody_who_fits_is_an_error_that_says_what_was_looked_for() -> None:
 
 
 def test_a_fault_is_refused_on_a_target_that_it_cannot_strike() -> None:
-    action = Action.model_validate({"name": "a", "at": 0, "fault": "kill_router", "target": {"kind": "actor"}})
+    given = Action.model_validate({"name": "a", "at": 0, "fault": "kill_router", "target": {"kind": "actor"}})
     with pytest.raises(ConfigError, match="kill_router strikes router, not a actor"):
-        fault_of(action)
+        fault_of(given)
+
+
+async def test_a_process_that_runs_on_after_it_was_stopped_is_no_fault() -> None:
+    cluster = FakeCluster(stops=False)
+    order = order_of(cluster, target_of(cluster, "stop_actor"), "stop_actor", seconds=1.0)
+    with pytest.raises(FleetError, match="runs on after SIGSTOP"):
+        await FAULTS["stop_actor"].inject(order, Injection(order.target, []))

@@ -38,6 +38,19 @@ def test_failed_late_and_wrong_requests_are_counted() -> None:
     assert measures.availability(seen) == pytest.approx(0.8)
 
 
+def test_a_failure_that_does_not_say_which_expert_is_missing_is_unexplained() -> None:
+    statuses = ("OK", "EXPERT_UNAVAILABLE", "DEADLINE_EXCEEDED", "LOAD_LIMIT")
+    seen = observations([request(11.0, number=number, status=status) for number, status in enumerate(statuses)])
+    assert (measures.num_failed(seen), measures.num_failed_unexplained(seen)) == (3, 2)
+
+
+def test_only_what_answered_below_the_shadow_counts_as_a_lower_rung() -> None:
+    seen = observations(
+        [request(11.0, shadow=1), request(11.0, outcomes=(1, 0, 1, 1, 1, 0, 0)), request(11.0, outcomes=(2, 0, 0, 0, 0, 1, 1)), request(11.0, outcomes=())]
+    )
+    assert measures.num_lower_rungs(seen) == 3
+
+
 def test_a_choice_that_vanished_or_was_doubled_is_unaccounted() -> None:
     seen = observations([request(11.0), request(11.0, outcomes=(3, 0, 0, 0, 0, 0, 0)), request(11.0, outcomes=(4, 1, 0, 0, 0, 0, 0))])
     assert measures.num_unaccounted(seen) == 2

@@ -22,6 +22,9 @@ from chaos.core.run_machine import (
     Recover,
     Recovered,
     RecoverFailed,
+    RollBack,
+    RollbackMissed,
+    RollbackSeen,
     RunMachine,
     SteadyStateProbed,
     Step,
@@ -34,9 +37,9 @@ GOOD = (Verdict(ok=True, reason="fine"),)
 BAD = (Verdict(ok=False, reason="failed: 3 is not equal to 0"),)
 
 
-def begun(*method: Planned, observe_s: float = 3.0) -> tuple[RunMachine, list[Step]]:
+def begun(*method: Planned, observe_s: float = 3.0, num_rollbacks: int = 0) -> tuple[RunMachine, list[Step]]:
     """A machine whose steady state was met at 0 s, and its first steps."""
-    machine = RunMachine(method, observe_s)
+    machine = RunMachine(method, observe_s, num_rollbacks)
     assert machine.step(Checked(), 0.0) == [ProbeSteadyState("before")]
     return machine, machine.step(SteadyStateProbed("before", GOOD), 0.0)
 
@@ -114,6 +117,31 @@ def test_a_recovery_that_failed_is_a_deviation() -> None:
     assert machine.step(SteadyStateProbed("after", GOOD), 6.0) == [Finish(Ending.DEVIATED, "a: not recovered: still gone")]
 
 
+def test_rollbacks_are_asked_for_once_everything_is_undone_and_before_the_steady_state() -> None:
+    machine, _ = begun(Planned("a", 0.0), observe_s=0.0, num_rollbacks=2)
+    assert machine.step(Injected(0, 0.0), 0.0) == [Recover(0)]
+    assert machine.step(Recovered(0), 1.0) == [RollBack(0), RollBack(1)]
+    assert machine.step(RollbackSeen(1), 1.5) == []
+    assert machine.step(RollbackSeen(0), 2.0) == [ProbeSteadyState("after")]
+    assert machine.step(SteadyStateProbed("after", GOOD), 3.0) == [Finish(Ending.PASSED, "")]
+
+
+def test_a_rollback_that_was_not_seen_is_a_deviation() -> None:
+    machine, steps = begun(observe_s=0.0, num_rollbacks=1)
+    assert steps == [RollBack(0)]
+    assert machine.step(RollbackMissed(0, "leak: 3 is not equal to 0"), 9.0) == [ProbeSteadyState("after")]
+    assert machine.step(SteadyStateProbed("after", GOOD), 10.0) == [Finish(Ending.DEVIATED, "rollback: leak: 3 is not equal to 0")]
+
+
+def test_a_run_that_was_stopped_waits_for_no_rollback() -> None:
+    machine, _ = begun(Planned("a", 0.0), num_rollbacks=1)
+    machine.step(Injected(0, 0.0), 0.0)
+    assert machine.step(Interrupted("SIGINT"), 0.1) == [Recover(0)]
+    assert machine.step(Recovered(0), 0.2) == [Finish(Ending.INTERRUPTED, "SIGINT")]
+    during, _ = begun(observe_s=0.0, num_rollbacks=1)
+    assert during.step(Interrupted("SIGINT"), 0.1) == [Finish(Ending.INTERRUPTED, "SIGINT")]
+
+
 def test_an_interrupt_during_the_baseline_injects_nothing() -> None:
     machine = RunMachine([Planned("kill", 0.0)], 1.0)
     machine.step(Checked(), 0.0)
@@ -129,34 +157,40 @@ PLANS = st.lists(st.tuples(st.floats(0, 5), st.none() | st.floats(0.1, 5)), max_
 TROUBLE = st.lists(st.sampled_from(["guard", "interrupt", "inject_fails", "recover_fails", "nothing"]), max_size=30)
 
 
-@given(PLANS, TROUBLE)
-def test_whatever_happens_every_begun_action_is_recovered_exactly_once_before_the_end(plans: list[tuple[float, float | None]], trouble: list[str]) -> None:
+def answer(step: Step, what: str, now_s: float) -> list[Event]:
+    """What a runner tells of a step, in trouble or not."""
+    match step:
+        case ProbeSteadyState(when):
+            return [SteadyStateProbed(when, GOOD)]
+        case Inject(action):
+            return [InjectFailed(action, "no") if what == "inject_fails" else Injected(action, now_s)]
+        case Recover(action):
+            return [RecoverFailed(action, "no") if what == "recover_fails" else Recovered(action)]
+        case RollBack(rollback):
+            return [RollbackMissed(rollback, "no") if what == "recover_fails" else RollbackSeen(rollback)]
+    return []
+
+
+@given(PLANS, TROUBLE, st.integers(0, 2))
+def test_whatever_happens_every_begun_action_is_recovered_exactly_once_before_the_end(
+    plans: list[tuple[float, float | None]], trouble: list[str], num_rollbacks: int
+) -> None:
     method = [Planned(f"a{number}", at_s, seconds) for number, (at_s, seconds) in enumerate(sorted(plans, key=lambda plan: plan[0]))]
-    machine, now_s = RunMachine(method, 1.0), 0.0
+    machine, now_s = RunMachine(method, 1.0, num_rollbacks), 0.0
     waiting: list[Event] = [Checked()]
-    begun_actions, recovered = Counter[int](), Counter[int]()
+    done: list[Step] = []
     for _ in range(200):
         what = trouble.pop() if trouble else "nothing"
-        if what == "guard":
-            waiting.append(GuardTripped("g"))
-        elif what == "interrupt":
-            waiting.append(Interrupted("i"))
-        steps = machine.step(waiting.pop(0) if waiting else TimePassed(), now_s)
-        for step in steps:
-            match step:
-                case ProbeSteadyState(when):
-                    waiting.append(SteadyStateProbed(when, GOOD))
-                case Inject(action):
-                    begun_actions[action] += 1
-                    waiting.append(InjectFailed(action, "no") if what == "inject_fails" else Injected(action, now_s))
-                case Recover(action):
-                    recovered[action] += 1
-                    waiting.append(RecoverFailed(action, "no") if what == "recover_fails" else Recovered(action))
-                case WakeAt(at_s):
-                    now_s = max(now_s, at_s)
-                case Finish():
-                    assert begun_actions == recovered
-                    assert machine.active == []
-                    assert max(begun_actions.values(), default=1) == 1
-                    return
-    pytest.fail("the machine did not end")
+        if what in {"guard", "interrupt"}:
+            waiting.append(GuardTripped("g") if what == "guard" else Interrupted("i"))
+        for step in machine.step(waiting.pop(0) if waiting else TimePassed(), now_s):
+            assert not isinstance(step, RollBack | Finish) or machine.active == []
+            done.append(step)
+            waiting += answer(step, what, now_s)
+            now_s = max(now_s, step.at_s) if isinstance(step, WakeAt) else now_s
+        if done and isinstance(done[-1], Finish):
+            break
+    assert isinstance(done[-1], Finish), "the machine did not end"
+    begun_actions = Counter(step.action for step in done if isinstance(step, Inject))
+    assert begun_actions == Counter(step.action for step in done if isinstance(step, Recover))
+    assert max(begun_actions.values(), default=1) == 1

@@ -45,7 +45,7 @@ async def test_a_good_run_passes_and_tells_what_it_did() -> None:
 async def test_the_proof_that_a_fault_struck_is_recorded_and_its_lack_fails_the_run(num_struck: int, ending: str) -> None:
     record = await run(FakeSession(target=FakeCluster(num_struck=num_struck)), method=[action("stuck_compute")])
     assert record.ending == ending
-    assert record.actions[0].details["struck"] == ({"stuck_compute": num_struck} if num_struck else {})
+    assert record.actions[0].details["struck"] == {"stuck_compute": num_struck}
 
 
 async def test_nothing_is_struck_when_the_steady_state_is_not_met() -> None:
@@ -82,6 +82,35 @@ async def test_a_steady_state_that_comes_back_a_moment_later_is_met_and_what_fai
     assert record.metrics["failed"] == 1
 
 
+async def test_a_steady_state_may_ask_for_leaked_processes() -> None:
+    steady = {"title": "s", "probes": [{"name": "leak", "tolerance": 0}]}
+    session = FakeSession()
+    session.counted["more_processes"] = 0.0
+    assert (await run(session, **{"steady-state-hypothesis": steady})).ending == "PASSED"
+    session.counted["more_processes"] = 2.0
+    assert (await run(session, **{"steady-state-hypothesis": steady})).reason == "leak: 2 is not equal to 0"
+
+
+ROLLBACK = {"name": "availability", "tolerance": 1, "within_s": 30.0}
+
+
+async def test_a_rollback_is_measured_until_it_is_seen_and_is_kept() -> None:
+    session = FakeSession(failures=[0, 2, 1, 0])
+    record = await run(session, method=[action()], rollbacks=[ROLLBACK])
+    assert (record.ending, record.reason) == ("PASSED", "")
+    assert [(found.name, found.value, found.ok) for found in record.rollbacks] == [("availability", 1.0, True)]
+    assert session.failures == []  # two windows were not as wanted, the third was
+    assert Record.model_validate_json(record.model_dump_json()) == record
+
+
+async def test_a_rollback_that_is_not_seen_in_time_fails_the_run() -> None:
+    never = FakeSession(failures=[0, 4])
+    record = await run(never, method=[action()], rollbacks=[ROLLBACK | {"within_s": 1e-6}])
+    assert record.ending == "DEVIATED"
+    assert "rollback: not within 1e-06 s: availability: 0 is not equal to 1" in record.reason
+    assert [found.ok for found in record.rollbacks] == [False]
+
+
 async def test_a_guard_ends_the_run_and_what_was_stopped_goes_on() -> None:
     session = FakeSession(failures=[0, *[4] * 1000])
     steady = {"title": "s", "probes": [{"name": "availability", "tolerance": ">= 0.5", "mode": "continuous"}]}
@@ -110,6 +139,20 @@ async def test_an_injection_that_fails_half_way_is_undone() -> None:
     assert record.ending == "DEVIATED"
     assert "not injected" in record.reason
     assert "heal actor-0" in session.target.done
+
+
+async def test_the_record_keeps_the_proof_that_a_fault_struck() -> None:
+    record = await run(FakeSession(), method=[action("stuck_compute")])
+    assert record.ending == "PASSED"
+    assert record.actions[0].details["struck"] == {"stuck_compute": 3}
+
+
+async def test_a_repetition_whose_fault_struck_nothing_does_not_pass() -> None:
+    session = FakeSession(target=FakeCluster(num_struck=0))
+    record = await run(session, method=[action("stuck_compute")])
+    assert record.ending == "DEVIATED"
+    assert "not recovered: stuck_compute struck nothing" in record.reason
+    assert not any(session.target.playing.values())
 
 
 async def test_a_cancelled_run_heals_all_the_same() -> None:
