@@ -32,7 +32,7 @@ from kit.waiting import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 RATE = 25.0
 RECOVER_S = 90.0
-SOUND = ("late", "wrong", "unchecked", "unaccounted", "stale", "epoch_regressions", "failed_unexplained")
+SOUND = ("wrong", "unchecked", "unaccounted", "stale", "epoch_regressions", "failed_unexplained")
 # That all is exact again is asserted of the last answers, not of every one: a machine that is busy enough makes rows late, and late rows reach shadows.
 STEADY = [{"name": name, "tolerance": value} for name, value in (("availability", 1), ("correctness", 0), ("conservation", 0), ("missing_copies", 0))]
 ANY = Load(model="one", rate=RATE, tokens=8, timeout_s=20.0)
@@ -181,7 +181,8 @@ async def test_what_is_struck_fails_nobody_and_is_exact_again(name: str, rig: Ri
     assert record.ending == "PASSED", record.reason
     assert all(found.injected_s is not None and found.recovered_s is not None for found in record.actions)
     assert {measure: record.metrics[measure] for measure in SOUND} == dict.fromkeys(SOUND, 0)
-    assert row.fails or record.metrics["failed"] == 0
+    # A deadline of a second may pass unseen for a moment on a busy machine, that of 20 s not; that who failed was told why says that it was in time.
+    assert row.fails or record.metrics["failed"] == record.metrics["late"] == 0
     assert record.metrics["requests"]
     assert record.metrics["exact_again_s"] is not None
     dead = killed(before, rig.target)
