@@ -137,7 +137,17 @@ def exact_again_s(seen: Observations) -> float | None:
     """
     if not seen.strikes:
         return None
-    bad = [request for request in _inexact(seen) if _is_concerned(request, _lost_indices(seen))]
+    lost = _lost_indices(seen)
+    return _over_s(seen, [request for request in _inexact(seen) if _is_concerned(request, lost)])
+
+
+def all_exact_again_s(seen: Observations) -> float | None:
+    """As `exact_again_s`, with every answer that was not exact, whatever made it so."""
+    return _over_s(seen, list(_inexact(seen))) if seen.strikes else None
+
+
+def _over_s(seen: Observations, bad: list[Request]) -> float | None:
+    """From the fault to the end of the last of these answers; 0 without any, None while no exact one was sent after it."""
     if not bad:
         return 0.0
     last_s = max(request.end_s for request in bad)
@@ -213,6 +223,7 @@ MEASURES: dict[str, Measure] = {
     "first_other_ms": first_other_ms,
     "detected_ms": detected_ms,
     "exact_again_s": exact_again_s,
+    "all_exact_again_s": all_exact_again_s,
     "inexact_elsewhere": num_inexact_elsewhere,
     "copies_again_s": copies_again_s,
     "missing_copies": num_missing_copies,

@@ -32,6 +32,7 @@ SPREAD = (
     "first_other_ms",
     "detected_ms",
     "exact_again_s",
+    "all_exact_again_s",
     "copies_again_s",
     "whole_again_s",
     "gap_ms",

@@ -77,6 +77,7 @@ def test_exact_again_is_the_end_of_the_last_answer_that_was_not_exact() -> None:
     degraded, failed, fine = request(10.3, shadow=1), request(10.6, status="UNAVAILABLE"), request(12.0)
     assert measures.exact_again_s(observations([degraded, failed, fine], strikes=[KILLED])) == pytest.approx(0.6)
     assert measures.exact_again_s(observations([fine], strikes=[KILLED])) == 0.0
+    assert measures.all_exact_again_s(observations([degraded, failed, fine], strikes=[KILLED])) == pytest.approx(0.6)
     assert measures.exact_again_s(observations([fine, request(13.0, shadow=1)], strikes=[KILLED])) is None
 
 
@@ -84,6 +85,7 @@ def test_answers_that_were_not_exact_for_experts_that_nobody_struck_are_counted_
     concerned, both, elsewhere = (request(end_s, shadow=1, moved=moved) for end_s, moved in ((10.3, (0,)), (10.5, (0, 1)), (11.0, (1,))))
     seen = observations([concerned, both, elsewhere, request(12.0)], strikes=[KILLED], samples=[BEFORE])
     assert measures.exact_again_s(seen) == pytest.approx(0.5)
+    assert measures.all_exact_again_s(seen) == pytest.approx(1.0)
     assert measures.num_inexact_elsewhere(seen) == 1
     failed = request(11.5, status="UNAVAILABLE")
     assert measures.exact_again_s(observations([concerned, failed, request(12.0)], strikes=[KILLED], samples=[BEFORE])) == pytest.approx(1.5)
