@@ -22,8 +22,9 @@ CAPTION = (
     "window just before it: the same load, the same cluster, pooled over all runs. Latency counts from when a request was due, so a stalled sender hides "
     "nothing. "
     "`detected` is an upper bound: the first of the router noting a loss or an ejection, a look at it showing one, and an answer by another copy. "
-    "`exact again` is when the last answer ended in which an expert that was struck was not exact, `all exact again` the same for any expert; `not exact elsewhere` counts answers that were not "
-    "exact for experts that nobody struck (on a busy machine late rows go to shadows, without a fault, too); `copies again` is when the router's table "
+    "`exact again` is when the last answer ended in which an expert that was struck was not exact, `all exact again` the same for any expert; "
+    "`not exact elsewhere` counts answers that were not exact for experts that nobody struck (on a busy machine late rows go to shadows, without a "
+    "fault, too); `copies again` is when the router's table "
     "had all full-precision copies again, none of them struck. `scheduler wait` is what the router's threads together waited for a core in each second "
     "after the fault (and in the control window)."
 )
