@@ -182,7 +182,7 @@ def test_a_trial_of_many_frames_is_caught() -> None:
     def mutant() -> Any:
         return mock.patch.object(ActorHealth, "may_send", return_value=True)
 
-    assert_caught(mutant, "one frame at a time is on trial", within=10, kinds=["stop_actor", "stick_compute", "freeze_node"], faults=4, calls_per_s=80.0)
+    assert_caught(mutant, "one frame at a time is on trial", within=10, kinds=["stick_compute"], faults=8, calls_per_s=200.0)
 
 
 @contextmanager

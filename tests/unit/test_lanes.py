@@ -57,7 +57,7 @@ async def test_a_hint_reaches_who_holds_the_shadow_and_nobody_else() -> None:
         hints: list[Warm] = []
         actor.server.warm = hints.append
         shadow = TableCopy(actor.endpoint.incarnation, "ab" * 32, Role.SHADOW)
-        lanes.warm(ExpertId("m", 1, 2), dataclasses.replace(shadow, incarnation=Incarnation("nobody", 1)))
+        lanes.warm(ExpertId("m", 1, 2), shadow._replace(incarnation=Incarnation("nobody", 1)))
         lanes.warm(ExpertId("m", 1, 2), shadow)
         await until(lambda: bool(hints))
         assert hints == [Warm("m", 1, 2, b"\xab" * 32)]
