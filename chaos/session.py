@@ -248,7 +248,8 @@ async def _until_healthy(target: LocalTarget, limit_s: float, num_wanted: int) -
     ready = [actor for actor in status.actors if actor.state == READY]
     return Healthy(
         num_actors=min(len(ready), num_wanted),
-        num_nodes=sum(node.alive for node in status.nodes),
+        # Ray still counts a node that was lost a moment ago, beside the one that was started in its place.
+        num_nodes=min(sum(node.alive for node in status.nodes), len(target.cluster.state.nodes)),
         num_shadows=_num_shadowed(status),
         num_processes=len(await asyncio.to_thread(processes.members, target.cluster.state)),
     )

@@ -18,6 +18,7 @@ SHADES = " ░▒▓█"
 NAME_WIDTH = 9
 STEP_WIDTH = 24
 SAMPLE_WIDTH = 110
+BEFORE_WIDTH = 40
 
 
 class Layout:
@@ -63,7 +64,7 @@ class Layout:
         self.line("Score", score_lines(report))
         for domain, result in report.domains.items():
             same = "" if result.is_completion_equal else "   DIFFERS from the same model in one process"
-            shown = json.dumps(result.completion, ensure_ascii=False)[1:-1][:SAMPLE_WIDTH]
+            shown = _quoted(result.completion)[:SAMPLE_WIDTH]
             self.line("Generate", f"{domain:<7} {json.dumps(result.prompt[-36:], ensure_ascii=False)} -> {shown}{same}")
         self.line("Speed", f"{report.scored_tokens_per_s:,.0f} tokens/s scored, {report.generated_tokens_per_s:.1f} tokens/s generated, all through the router")
         self._console.print(
@@ -121,8 +122,13 @@ def node_loss_lines(loss: NodeLoss, settings: DemoSettings) -> str:
         f"{loss.node} killed ({loss.num_killed} processes) while generating, at token {loss.killed_at_token} of {loss.num_tokens}; the request kept running\n"
         f"failed requests {loss.num_failed}   longest stall {1e3 * loss.longest_stall_s:.0f} ms (usual gap {1e3 * loss.usual_gap_s:.0f} ms)"
         f"   choices: {outcomes}   text {text}\n"
+        f"{_quoted(loss.text_before)[-BEFORE_WIDTH:]} | {_quoted(loss.text_after)[:SAMPLE_WIDTH]}\n"
         f"{mended}"
     )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _after(seconds: float | None, settings: DemoSettings) -> str:

@@ -74,10 +74,11 @@ def lose_a_node(settings: DemoSettings, cluster: LocalCluster, connection: Conne
     num_actors = len(before.control["actors"])
     copies, again_s, whole_s = _watch(settings, connection, client, victim["node_id"], killer.killed_s, num_actors)
     gaps = clock.gaps_s() or [0.0]
+    killed_at = sum(moment < killer.killed_s for moment in clock.times_s)
     return NodeLoss(
         node=victim["name"],
         num_killed=killer.num_killed,
-        killed_at_token=sum(moment < killer.killed_s for moment in clock.times_s),
+        killed_at_token=killed_at,
         num_tokens=len(ids),
         num_failed=failed + bool(error),
         error=error,
@@ -85,6 +86,8 @@ def lose_a_node(settings: DemoSettings, cluster: LocalCluster, connection: Conne
         usual_gap_s=sorted(gaps)[len(gaps) // 2],
         outcomes=outcomes,
         is_text_equal=ids == models.continue_exactly(models.twin, PROMPT, settings.loss_tokens),
+        text_before=models.tokenizer.decode(ids[:killed_at], skip_special_tokens=True),
+        text_after=models.tokenizer.decode(ids[killed_at:], skip_special_tokens=True),
         num_copies=copies,
         num_copies_wanted=int(before.control["num_copies_wanted"]),
         copies_again_s=again_s,

@@ -73,7 +73,10 @@ class DomainResult(BaseModel):
 
 
 class NodeLoss(BaseModel):
-    """A node that was killed while text was generated: what requests noticed of it, and when everything was as before. `None`: not within the limit."""
+    """A node that was killed while text was generated: what requests noticed of it, and when everything was as before. `None`: not within the limit.
+
+    `text_before`, `text_after`: what had been said when the node was killed, and what was said from then on.
+    """
 
     node: str
     num_killed: int
@@ -85,6 +88,8 @@ class NodeLoss(BaseModel):
     usual_gap_s: float
     outcomes: dict[str, int]
     is_text_equal: bool
+    text_before: str = ""
+    text_after: str = ""
     num_copies: int
     num_copies_wanted: int
     copies_again_s: float | None

@@ -40,13 +40,13 @@ class Caller:
         np.save(path, np.stack([blocking.astype(np.float32), concurrent.astype(np.float32)]))
         return {}
 
-    def measure(self, model: str, callers: int, tokens: int, seconds: float, warm_up: int) -> dict[str, Any]:
-        """Call for some seconds; what `warm_up` calls of each caller take is not counted."""
+    def measure(self, model: str, callers: int, tokens: int, seconds: float, warm_up: int, pause_s: float = 0.0) -> dict[str, Any]:
+        """Call for some seconds; what `warm_up` calls of each caller take is not counted. One caller may pause between two calls."""
         inputs = [random_rows(self._sizes, tokens, seed, model) for seed in range(NUM_INPUTS)]
         if callers == 1:
             self._block(inputs, model, warm_up, 0.0)
             begun_s, cpu_s = time.perf_counter(), time.process_time()
-            latencies = self._block(inputs, model, 1, seconds)
+            latencies = self._block(inputs, model, 1, seconds, pause_s)
         else:
             self._loop.run_until_complete(self._together(inputs, model, callers, warm_up, 0.0))
             begun_s, cpu_s = time.perf_counter(), time.process_time()
@@ -80,13 +80,15 @@ class Caller:
         answer = {"num_sent": number, "answered_s": found["answered"], "refused_s": found["refused"], "ended_s": ended_s}
         return answer | {"num_late": len(found["late"]), "num_failed": len(found["failed"])}
 
-    def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float) -> list[float]:
+    def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float, pause_s: float = 0.0) -> list[float]:
         latencies: list[float] = []
         until_s = time.perf_counter() + seconds
         while len(latencies) < at_least or time.perf_counter() < until_s:
             begun_s = time.perf_counter()
             self._peer.call(inputs[len(latencies) % NUM_INPUTS], model)
             latencies.append(time.perf_counter() - begun_s)
+            if pause_s:
+                time.sleep(pause_s)
         return latencies
 
     async def _together(self, inputs: list[Rows], model: str, callers: int, at_least: int, seconds: float) -> list[float]:

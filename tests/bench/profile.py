@@ -16,7 +16,8 @@ import numpy as np
 
 from bench.layer import random_rows
 from bench.rig import Rig
-from bench.settings import LAYER, WIDE_MODEL, Case
+from bench.rows import Row
+from bench.settings import ECHO, LAYER, WIDE_MODEL, Case
 from bench.tables import Section, Table
 from cluster.deploy.connection import read_token
 from cluster.telemetry.trace_files import SpanRecord, read_spans
@@ -26,6 +27,7 @@ from router_service.client import RouterClient
 from router_service.client_request import DispatchMessages
 
 PARTS = ("client", "gRPC", "router: check, account", "gate", "sort", "dispatch: tasks", "send, receive", "queue", "compute", "combine")
+ECHO_AT_ONCE, ECHO_AT_THIS_PACE = "a gRPC echo, call after call", "a gRPC echo, at this pace"
 FLUSH_S = 20.0
 
 
@@ -40,7 +42,9 @@ def profile(rig: Rig) -> Section:
             spans.setdefault(span.trace_id, []).append(span)
         client_s = _client_s(rig, case)
         parts = [parts_of(total_s, client_s, spans[trace_id]) for trace_id, total_s in traced.items()]
-        found[case.name] = {name: median(part[name] for part in parts) for name in PARTS} | {"total": median(traced.values())}
+        total_s = median(traced.values())
+        found[case.name] = {name: median(part[name] for part in parts) for name in PARTS} | {"total": total_s}
+        found[case.name] |= {ECHO_AT_ONCE: _echo_s(rig, case, 0.0), ECHO_AT_THIS_PACE: _echo_s(rig, case, total_s)}
     return Section([_table(found)], {"seconds": found})
 
 
@@ -60,6 +64,15 @@ def _call(rig: Rig, case: Case) -> dict[str, float]:
             seconds[trace_id] = time.perf_counter() - begun_s
     client_s = _client_s(rig, case)
     return {trace_id: total_s + client_s for trace_id, total_s in seconds.items()}
+
+
+def _echo_s(rig: Rig, case: Case, pause_s: float) -> float:
+    """What a Python gRPC echo of as many bytes takes, with a pause between two: cores that slept and caches that others used are part of every request."""
+    row = rig.row(ECHO)
+    assert isinstance(row, Row)
+    seconds = rig.settings.seconds * 2
+    command = {"do": "measure", "model": case.model, "callers": 1, "tokens": case.tokens, "seconds": seconds, "warm_up": 3, "pause_s": pause_s}
+    return median(row.caller.ask(command)["latencies_s"])
 
 
 def _client_s(rig: Rig, case: Case) -> float:
@@ -117,4 +130,6 @@ def _table(found: dict[str, dict[str, float]]) -> Table:
     rows = [(name, *(f"{1e6 * parts[name]:,.0f}" for parts in found.values())) for name in PARTS]
     rows.append(("sum of the medians", *(f"{1e6 * sum(parts[name] for name in PARTS):,.0f}" for parts in found.values())))
     rows.append(("as the caller saw it", *(f"{1e6 * parts['total']:,.0f}" for parts in found.values())))
-    return Table("where the time of one request goes, microseconds", ("part", *found), rows, "Medians; traced, which costs a little itself.")
+    rows += [(name, *(f"{1e6 * parts[name]:,.0f}" for parts in found.values())) for name in (ECHO_AT_ONCE, ECHO_AT_THIS_PACE)]
+    note = "Medians; traced, which costs a little itself. The echoes are no parts: they say how much of `gRPC` is gRPC, hot and at the pace of these requests."
+    return Table("where the time of one request goes, microseconds", ("part", *found), rows, note)

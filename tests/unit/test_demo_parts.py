@@ -48,6 +48,8 @@ def loss(**changes: Any) -> NodeLoss:
         "usual_gap_s": 0.02,
         "outcomes": {"exact": 80},
         "is_text_equal": True,
+        "text_before": "def parse(",
+        "text_after": "text):\n    pass",
         "num_copies": 64,
         "num_copies_wanted": 64,
         "copies_again_s": 12.5,
@@ -106,6 +108,7 @@ def test_what_was_not_reached_is_said_so(tmp_path: Path) -> None:
     good, bad = node_loss_lines(loss(), settings), node_loss_lines(loss(copies_again_s=None, actors_again_s=None, num_copies=50), settings)
     assert "failed requests 0   longest stall 300 ms (usual gap 20 ms)" in good
     assert "all 64 copies again 12.5 s after" in good
+    assert "def parse( | text):\\n    pass" in good
     assert "50 of 64 copies NOT within 45 s   lost actors replaced NOT within 45 s" in bad
 
 
