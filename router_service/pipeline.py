@@ -40,7 +40,6 @@ from router_service.dispatcher import Dispatcher, Hedging, Job, LanesPort
 from router_service.fallbacks import Fallbacks, usable_rungs
 from router_service.models import ServedLayer, ServedModel, find_model
 from router_service.recheck import recheck
-from router_service.turns import Turns
 
 __all__ = ["MAX_ATTEMPTS", "GateChoice", "LanesPort", "LayerCall", "LayerReply", "Outcome", "Overflow", "Pipeline", "Plan", "Report", "TopK"]
 
@@ -83,7 +82,6 @@ class Pipeline:
         self._max_tokens = max_tokens
         self._limits = limits or DispatchLimits()
         self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging)
-        self._turns = Turns()
         self.budget = DispatchBudget(self._limits.max_bytes)
 
     async def run(self, call: LayerCall) -> LayerReply:
@@ -100,27 +98,20 @@ class Pipeline:
         self.budget.take(num_bytes)
         try:
             async with asyncio.timeout_at(call.deadline_s):
-                planned = await self._compute(is_large, self._prepare, call, layer, table)
+                planned = await _compute(is_large, self._prepare, call, layer, table)
                 lost = await self.dispatcher.run(planned.job)
-                reply = await self._compute(is_large, self._finish, planned, lost)
+                reply = await _compute(is_large, self._finish, planned, lost)
                 while not is_finite(reply.hidden_states):
                     found = await recheck(self.dispatcher, planned.job, lost)
                     if found is None:
                         raise not_finite(reply.hidden_states)
                     lost = found
-                    reply = await self._compute(is_large, self._finish, planned, lost)
+                    reply = await _compute(is_large, self._finish, planned, lost)
                 return reply
         except TimeoutError as error:
             raise _too_late() from error
         finally:
             self.budget.give_back(num_bytes)
-
-    async def _compute(self, is_large: bool, work: Callable[..., _R], *arguments: object) -> _R:
-        """Tensor work: in a thread when it would hold up the loop, here, one in each turn of the loop, when a thread costs more than the work."""
-        if is_large:
-            return await asyncio.to_thread(work, *arguments)
-        await self._turns.take()
-        return work(*arguments)
 
     def _resolve(self, call: LayerCall) -> tuple[ServedLayer, RoutingTable]:
         table = self._table()
@@ -215,6 +206,11 @@ def _unavailable(planned: _Planned, lost: Mapping[int, str], rows: NDArray[np.in
         message += f", and {len(lost) - 1} more experts of this layer likewise"
     message += f"; {rows.size} of {num_tokens} rows failed; retry, or see `moelastic status`"
     return ExpertUnavailable(message, failed_rows=tuple(rows.tolist()))
+
+
+async def _compute(is_large: bool, work: Callable[..., _R], *arguments: object) -> _R:
+    """Tensor work: in a thread when it would hold up the loop, here when a thread costs more than the work."""
+    return await asyncio.to_thread(work, *arguments) if is_large else work(*arguments)
 
 
 def _too_late() -> DeadlineExceeded:
