@@ -12,7 +12,7 @@ from rich.console import Console
 from bench import leak, overload
 from bench.__main__ import take_turns
 from bench.document import BEGIN, END, fill_readme, write
-from bench.profile import PARTS, profile
+from bench.profile import ECHO_AT_ONCE, ECHO_AT_THIS_PACE, PARTS, profile
 from bench.report import plot
 from bench.rig import running
 from bench.settings import ECHO, OURS, SMOKE, WIDE_MODEL
@@ -39,7 +39,7 @@ def test_bench_reports_every_row_of_every_case_and_where_the_time_of_a_request_g
     parts = document["profile"]["data"]["seconds"]
     assert parts.keys() == {case.name for case in settings.cases if case.callers == 1 and case.model != WIDE_MODEL}
     for found in parts.values():
-        assert found.keys() == {*PARTS, "total"}
+        assert found.keys() == {*PARTS, "total", ECHO_AT_ONCE, ECHO_AT_THIS_PACE}
         assert all(found[name] > 0 for name in ("client", "gRPC", "gate", "sort", "compute", "combine"))
         assert found["compute"] < found["total"]
     flood = document["overload"]["data"]
