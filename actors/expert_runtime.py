@@ -5,6 +5,7 @@ Callable from any thread. The runtime's lock is never taken while the workspace'
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,8 @@ from cluster.core.ids import CopyId, Role
 from cluster.core.link_frames import Forward, SegmentStatus
 from cluster.core.status import SlotReport
 from cluster.telemetry.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertRuntime:
@@ -291,7 +294,9 @@ class ExpertRuntime:
 
     def _on_wrong(self, weights: ExpertWeights) -> None:
         """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again. Packed matrices are not used any more."""
-        weights.packed.clear()
+        if weights.packed:
+            logger.warning("an expert's checksums failed: its packed matrices are not used any more, it answers as with actors.layout mapped")
+            weights.packed.clear()
         self._redigester.suspect(weights)
         self._workspace.discard(weights)
 

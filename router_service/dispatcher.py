@@ -135,11 +135,6 @@ class Dispatcher:
         """
         return await _UnderWay(self, job).run()
 
-    @property
-    def next_due_s(self) -> float | None:
-        """When `pulse` has something to look at; None: nothing is under way."""
-        return self._due[0][0] if self._due else None
-
     def pulse(self, now_s: float, late_s: float = 0.0) -> None:
         """Hedge what is late by now. `late_s` of the time since the last pulse this process did not run: no rows are late for that."""
         self.stalled_s += late_s

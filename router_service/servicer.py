@@ -250,8 +250,8 @@ class _Accounted:
 
     async def __aenter__(self) -> _Account:
         self._started_s = time.monotonic()
-        self._span = self._servicer.begin(self._context, self._account)
         try:
+            self._span = self._servicer.begin(self._context, self._account)
             self._account.deadline_s = self._servicer.deadline_s(self._context)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)

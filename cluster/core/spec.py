@@ -76,7 +76,7 @@ class ActorsSpec(_Section):
     deterministic: bool = Field(default=False, description="make a row's output bits independent of what shares its segment: fixed tiles of rows, slower")
     layout: Literal["mapped", "packed", "widened", "auto"] = Field(
         "mapped",
-        description="mapped: as stored; packed: also reordered for the CPU's bf16 kernels, which halves the time of few rows and doubles an expert's memory,"
+        description="mapped: as stored; packed: also reordered for the CPU's bf16 kernels, which takes less time for few rows and twice the memory,"
         " with the same bits; widened: bf16 rows by the hundred are summed in fp32 on the CPU, and their last bit may depend on how many they are;"
         " auto: whichever is faster in a trial at the start. `deterministic` goes before",
     )
