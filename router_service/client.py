@@ -5,15 +5,16 @@
     reply.hidden_states, reply.report.degraded_tokens, reply.report.epoch
 
 Numpy in, numpy out (bf16 as ml_dtypes.bfloat16); torch in, torch out; this module imports neither torch nor ray. Errors are those of
-`cluster.core.errors`. One client keeps one channel and may be used by many threads (blocking) or tasks (async). Channels do not survive a fork:
-make a client in the process that uses it.
+`cluster.core.errors`. One client keeps one connection, or as many as `connections` says, and may be used by many threads (blocking) or tasks (async).
+Channels do not survive a fork: make a client in the process that uses it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, Self, TypeVar, Unpack
 
 import grpc
@@ -38,11 +39,8 @@ class RouterClient:
     def __init__(self, address: str, **settings: Unpack[Settings]) -> None:
         """`address` is HOST:PORT of the router; nothing is sent before the first call."""
         self._core = ClientCore(address, settings)
-        self._channel = _blocking_channel(self._core)
-        self._whole: grpc.UnaryUnaryMultiCallable[bytes, pb.DispatchResponse] = self._channel.unary_unary(
-            f"{ROUTER_PATH}/Dispatch", None, pb.DispatchResponse.FromString
-        )
-        self._stream = self._channel.stream_stream(f"{ROUTER_PATH}/DispatchStream", _bytes_of, pb.DispatchStreamResponse.FromString)
+        self._lines = [_Line(_blocking_channel(self._core)) for _ in range(self._core.num_connections)]
+        self._turn = itertools.cycle(self._lines)
 
     def dispatch(self, hidden_states: Array, *, timeout_s: float | None = None, **options: Unpack[DispatchOptions]) -> Reply:
         """Run one MoE layer over hidden states [T, D]; the reply's are alike in shape, library and element type.
@@ -72,8 +70,9 @@ class RouterClient:
         return table_of(self._ask("GetRoutingTable", pb.GetRoutingTableRequest(), pb.GetRoutingTableResponse, timeout_s))
 
     def close(self) -> None:
-        """Close the channel; calls under way end."""
-        self._channel.close()
+        """Close the connections; calls under way end."""
+        for line in self._lines:
+            line.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,11 +90,11 @@ class RouterClient:
 
     def _send_whole(self, messages: DispatchMessages, limit_s: float, traceparent: str) -> Reply:
         metadata = self._core.metadata(len(messages.whole), traceparent)
-        return messages.reply_of(self._whole(messages.whole, timeout=limit_s, metadata=metadata))
+        return messages.reply_of(next(self._turn).whole(messages.whole, timeout=limit_s, metadata=metadata))
 
     def _send_chunks(self, messages: DispatchMessages, limit_s: float, traceparent: str) -> Reply:
         chunks, metadata = ReplyChunks(messages), self._core.metadata(messages.num_bytes, traceparent)
-        call = self._stream(messages.chunks(self._core.limit_bytes), timeout=limit_s, metadata=metadata)
+        call = next(self._turn).stream(messages.chunks(self._core.limit_bytes), timeout=limit_s, metadata=metadata)
         try:
             for message in call:
                 chunks.take(message)
@@ -104,9 +103,13 @@ class RouterClient:
         return chunks.reply()
 
     def _ask(self, method: str, request: Any, response: type[_R], timeout_s: float | None) -> _R:  # noqa: ANN401
-        call: Callable[..., _R] = self._channel.unary_unary(f"{ROUTER_PATH}/{method}", _bytes_of, response.FromString)  # type: ignore[attr-defined]
         metadata = self._core.metadata(SMALL_BYTES)
-        return self._retried(lambda limit_s: call(request, timeout=limit_s, metadata=metadata), self._core.attempts(timeout_s))
+
+        def ask(limit_s: float) -> _R:
+            call: Callable[..., _R] = next(self._turn).channel.unary_unary(f"{ROUTER_PATH}/{method}", _bytes_of, response.FromString)  # type: ignore[attr-defined]
+            return call(request, timeout=limit_s, metadata=metadata)
+
+        return self._retried(ask, self._core.attempts(timeout_s))
 
 
 class AsyncRouterClient:
@@ -115,7 +118,8 @@ class AsyncRouterClient:
     def __init__(self, address: str, **settings: Unpack[Settings]) -> None:
         """`address` is HOST:PORT of the router; nothing is sent before the first call."""
         self._core = ClientCore(address, settings)
-        self._channel: grpc.aio.Channel | None = None
+        self._channels: list[grpc.aio.Channel] = []
+        self._turn: Iterator[grpc.aio.Channel] = iter(())
 
     async def dispatch(self, hidden_states: Array, *, timeout_s: float | None = None, **options: Unpack[DispatchOptions]) -> Reply:
         """Run one MoE layer over hidden states [T, D], as `RouterClient.dispatch` does."""
@@ -141,9 +145,9 @@ class AsyncRouterClient:
         return table_of(await self._ask("GetRoutingTable", pb.GetRoutingTableRequest(), pb.GetRoutingTableResponse, timeout_s))
 
     async def close(self) -> None:
-        """Close the channel; calls under way end."""
-        if self._channel is not None:
-            await self._channel.close()
+        """Close the connections; calls under way end."""
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -186,16 +190,33 @@ class AsyncRouterClient:
         return chunks.reply()
 
     async def _ask(self, method: str, request: Any, response: type[_R], timeout_s: float | None) -> _R:  # noqa: ANN401
-        call = self._opened().unary_unary(f"{ROUTER_PATH}/{method}", _bytes_of, response.FromString)  # type: ignore[attr-defined]
         metadata = self._core.metadata(SMALL_BYTES)
-        return await self._retried(lambda limit_s: call(request, timeout=limit_s, metadata=metadata), self._core.attempts(timeout_s))
+
+        def ask(limit_s: float) -> Awaitable[_R]:
+            call = self._opened().unary_unary(f"{ROUTER_PATH}/{method}", _bytes_of, response.FromString)  # type: ignore[attr-defined]
+            return call(request, timeout=limit_s, metadata=metadata)
+
+        return await self._retried(ask, self._core.attempts(timeout_s))
 
     def _opened(self) -> grpc.aio.Channel:
-        if self._channel is None:
-            address, options = self._core.address, self._core.options()
-            secure = self._core.credentials
-            self._channel = grpc.aio.insecure_channel(address, options) if secure is None else grpc.aio.secure_channel(address, secure, options)
-        return self._channel
+        """The connection whose turn it is."""
+        if not self._channels:
+            address, options, secure = self._core.address, self._core.options(), self._core.credentials
+            for _ in range(self._core.num_connections):
+                self._channels.append(grpc.aio.insecure_channel(address, options) if secure is None else grpc.aio.secure_channel(address, secure, options))
+            self._turn = itertools.cycle(self._channels)
+        return next(self._turn)
+
+
+class _Line:
+    """One channel, with the calls that are made often."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.whole: grpc.UnaryUnaryMultiCallable[bytes, pb.DispatchResponse] = channel.unary_unary(
+            f"{ROUTER_PATH}/Dispatch", None, pb.DispatchResponse.FromString
+        )
+        self.stream = channel.stream_stream(f"{ROUTER_PATH}/DispatchStream", _bytes_of, pb.DispatchStreamResponse.FromString)
 
 
 def _blocking_channel(core: ClientCore) -> grpc.Channel:

@@ -18,6 +18,7 @@ from router_service.wire import SIZE_KEY
 
 DEFAULT_MESSAGE_BYTES: Final = 64 << 20
 DEFAULT_TIMEOUT_S: Final = 30.0
+MAX_CONNECTIONS: Final = 256
 
 
 class TracingPort(Protocol):
@@ -33,7 +34,8 @@ class Settings(TypedDict, total=False):
 
     `token`: sent as a bearer token. `timeout_s` (30): bounds calls that name no other limit, retries included. `max_message_bytes` (64 MiB): larger
     requests and replies travel in chunks. `credentials`: make the channel TLS. `tracing`: makes every dispatch a span; without it the caller's own
-    OpenTelemetry context is passed on when there is one.
+    OpenTelemetry context is passed on when there is one. `connections` (1): calls take turns over so many; where several routers share the address
+    (`router.count`) a connection stays with the one that the kernel chose for it, so a few for each router make it likely that all are used.
     """
 
     token: str | None
@@ -41,6 +43,7 @@ class Settings(TypedDict, total=False):
     max_message_bytes: int
     credentials: grpc.ChannelCredentials | None
     tracing: TracingPort | None
+    connections: int
 
 
 class ClientCore:
@@ -52,9 +55,13 @@ class ClientCore:
         self._token = settings.get("token")
         self._timeout_s = settings.get("timeout_s", DEFAULT_TIMEOUT_S)
         self._max_message_bytes = settings.get("max_message_bytes", DEFAULT_MESSAGE_BYTES)
+        self.num_connections = settings.get("connections", 1)
         self._tracing = settings.get("tracing")
         if self._timeout_s <= 0 or self._max_message_bytes <= 0:
             message = "timeout_s and max_message_bytes must be above 0"
+            raise ConfigError(message)
+        if not 0 < self.num_connections <= MAX_CONNECTIONS:
+            message = f"connections must be between 1 and {MAX_CONNECTIONS}"
             raise ConfigError(message)
         self.limit_bytes = self._max_message_bytes
         self._pid = os.getpid()
@@ -73,6 +80,8 @@ class ClientCore:
             ("grpc.keepalive_timeout_ms", 5_000),
             # Retries are ours: every attempt is seen, counted and bounded by one deadline.
             ("grpc.enable_retries", 0),
+            # Channels that are alike share a connection, unless each has a pool of its own.
+            ("grpc.use_local_subchannel_pool", int(self.num_connections > 1)),
         ]
 
     def attempts(self, timeout_s: float | None) -> Attempts:
