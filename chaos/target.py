@@ -88,7 +88,7 @@ class LocalTarget:
         Raises ConfigError when who answers as the controller is none of them: the connection then points to another cluster.
         """
         status, members = self.status(), {process.pid: process for process in processes.members(self._state())}
-        routers = {router.node_id: _process("router", router.pid, members) for router in status.routers if router.pid}
+        routed = {router.node_id for router in status.routers if router.pid}
         controller = _listener(self.connection.control_address, members)
         if controller is None and not self._is_ours:
             message = (
@@ -100,8 +100,8 @@ class LocalTarget:
         ready = [(actor, _process(actor.actor_id, actor.pid, members)) for actor in status.actors if actor.state == "ready"]
         found = Inventory(
             actors=tuple(_actor(actor, process) for actor, process in ready if process is not None),
-            nodes=tuple(NodeView(node.node_id, node.name, node.name != HEAD and node.node_id not in routers) for node in status.nodes if node.alive),
-            routers=tuple(process for process in routers.values() if process is not None),
+            nodes=tuple(NodeView(node.node_id, node.name, node.name != HEAD and node.node_id not in routed) for node in status.nodes if node.alive),
+            routers=tuple(process for router in status.routers if router.pid and (process := _process("router", router.pid, members)) is not None),
             controller=controller,
             rates={ExpertId(rate.model, rate.layer, rate.index): rate.tokens_per_s for rate in status.rates},
         )

@@ -22,6 +22,8 @@ from router_service.servicer import RouterServicer
 
 BACKSTOP_FACTOR: Final = 2
 BACKSTOP_CALLS: Final = 160
+# A connection stays with the process that took it: without an end of it a router that comes back would get no callers.
+SHARED_CONNECTION_AGE_MS: Final = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,24 @@ class RpcFront:
     """One listening gRPC server. Without `tenants` everyone may call."""
 
     def __init__(
-        self, servicer: RouterServicer, health: HealthBoard, counters: Counters, *, limits: AdmissionLimits, tenants: Tenants | None, has_reflection: bool
+        self,
+        servicer: RouterServicer,
+        health: HealthBoard,
+        counters: Counters,
+        *,
+        limits: AdmissionLimits,
+        tenants: Tenants | None,
+        has_reflection: bool,
+        shares_address: bool = False,
     ) -> None:
+        """`shares_address`: other servers that ask for the same may listen on the same port; the kernel gives each connection to one of them."""
         self.health = health
         self.admission = AdmissionInterceptor(limits, refused=self._refused)
         self._counters = counters
         auth = [] if tenants is None else [AuthInterceptor(tenants, refused=self._refused)]
         self._server = grpc.aio.server(
             interceptors=[*auth, self.admission],
-            options=_options(limits),
+            options=_options(limits, shares_address=shares_address),
             # The transport's own limit lies above ours, which has the better words.
             maximum_concurrent_rpcs=BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS,
         )
@@ -55,7 +66,7 @@ class RpcFront:
             reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int, tls: TlsFiles | None = None) -> int:
-        """Listen; the port, chosen freely when 0 was asked for. Raises ConfigError when it cannot be had."""
+        """Listen; the port, chosen freely when 0 was asked for. Raises ConfigError when it cannot be had; may be called again then."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             bound = self._server.add_insecure_port(address) if tls is None else self._server.add_secure_port(address, _credentials(tls))
@@ -86,12 +97,13 @@ def may_reflect(setting: Literal["auto", "on", "off"], host: str) -> bool:
         return False
 
 
-def _options(limits: AdmissionLimits) -> list[tuple[str, int]]:
+def _options(limits: AdmissionLimits, *, shares_address: bool) -> list[tuple[str, int]]:
+    sharing = [("grpc.so_reuseport", 1), ("grpc.max_connection_age_ms", SHARED_CONNECTION_AGE_MS)]
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         # Two routers must not share a port without knowing it.
-        ("grpc.so_reuseport", 0),
+        *(sharing if shares_address else [("grpc.so_reuseport", 0)]),
         # Activations hardly compress, and a compressed message would cost more than it declares.
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.max_concurrent_streams", BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS),

@@ -100,7 +100,15 @@ class RouterParts:
             message = "auth.tokens: no tenant has a token; `moelastic up` makes one for tenant `default`, or set auth.enabled: false"
             raise ConfigError(message)
         reflects = may_reflect(spec.router.reflection, spec.router.host)
-        self.front = RpcFront(self.servicer, self.health, self.counters, limits=_admission_limits(spec), tenants=tenants, has_reflection=reflects)
+        self.front = RpcFront(
+            self.servicer,
+            self.health,
+            self.counters,
+            limits=_admission_limits(spec),
+            tenants=tenants,
+            has_reflection=reflects,
+            shares_address=spec.router.shares_address,
+        )
 
     def adopt(self, table: RoutingTable) -> None:
         """Use a table, whose models and links are ready."""

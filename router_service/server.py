@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import psutil
@@ -21,9 +20,9 @@ import torch
 
 from actors.expert_store import ExpertStore
 from cluster.core.actor_config import RouterConfig
-from cluster.core.errors import ConfigError
 from cluster.core.routing_table import RoutingTable
 from cluster.core.status import ActorState, RouterObservation
+from router_service.address import RouterAddress
 from router_service.link_client import LinkPhase
 from router_service.models import GateStore
 from router_service.router_parts import RouterParts, RouterSecrets, tls_of
@@ -38,8 +37,7 @@ MIN_PAUSE_S: Final = 0.02
 REPORT_S: Final = 1.0
 SETTLE_S: Final = 1.0
 CLOSE_S: Final = 0.5
-PORT_RETRY_S: Final = 0.1
-MAX_PORT: Final = 65_535
+JOIN_S: Final = 5.0
 
 
 class RouterActor:
@@ -65,6 +63,7 @@ class RouterActor:
             process_start_s=psutil.Process().create_time(),
         )
         self._adopting = asyncio.Lock()
+        self._has_table = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
@@ -78,16 +77,20 @@ class RouterActor:
         store: GateStore = await asyncio.to_thread(ExpertStore, self._config.store_dir) if self._store is None else self._store
         parts = RouterParts(self._config, self._secrets, store, node_id=node_id, adopt=self._adopt)
         router = self._config.spec.router
+        self._parts = parts
         try:
+            await parts.health.update((), ())
+            self._follow(parts)
+            if router.shares_address:
+                await self._wait_for_table()
             port = await self._listen(parts)
-            metrics_port = parts.metrics.serve(METRICS_HOST, router.metrics_port)
+            metrics_port = parts.metrics.serve(METRICS_HOST, self._config.metrics_port)
         except BaseException:
+            self._parts = None
             await parts.front.stop(0)
+            await self._end_tasks()
             await parts.close(CLOSE_S)
             raise
-        self._parts = parts
-        await parts.health.update((), ())
-        self._follow(parts)
         self._observation = replace(self._observation, state=ActorState.READY, node_id=node_id, port=port, metrics_port=metrics_port)
         self._listen_for_sigterm(router.drain_timeout_s)
         logger.info("router %s serves on %s:%d", self._config.router_id, router.host, port)
@@ -110,38 +113,33 @@ class RouterActor:
         if parts is not None:
             parts.is_draining = True
             await parts.health.drain()
+            # Callers of a shared address leave at once: new connections reach a sibling, where here their requests would only be refused.
+            leaving = asyncio.create_task(parts.front.stop(timeout_s)) if self._config.spec.router.shares_address else None
             await parts.servicer.wait_until_idle(timeout_s)
             await parts.front.stop(CLOSE_S)
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if leaving is not None:
+                await leaving
+            await self._end_tasks()
             await parts.close(max(CLOSE_S, until_s - time.monotonic()))
         self._observation = replace(self._observation, state=ActorState.DEAD, reason=self._observation.reason or "stopped")
         self.stopped.set()
 
-    async def _listen(self, parts: RouterParts) -> int:
-        """Listen on the port of the spec, or where that is 0 on the one this router had before: clients find it again after a restart.
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-        The life before may still be draining on a port that it is known to have had; then it is waited for.
-        """
-        spec, tls = self._config.spec, tls_of(self._config.spec)
-        memory = self._config.store_dir / "routers" / f"{spec.name}-{self._config.router_id}.port"
-        known = await asyncio.to_thread(_remembered_port, memory)
-        wanted = spec.router.port or known
-        until_s = time.monotonic() + (spec.router.drain_timeout_s + CLOSE_S if wanted and wanted == known else 0.0)
-        port = 0
-        while not port:
-            try:
-                port = await parts.front.start(spec.router.host, wanted, tls)
-            except ConfigError:
-                if time.monotonic() < until_s:
-                    await asyncio.sleep(PORT_RETRY_S)
-                elif spec.router.port or not wanted:
-                    raise
-                else:
-                    wanted = 0
-        await asyncio.to_thread(_remember_port, memory, port)
-        return port
+    async def _wait_for_table(self) -> None:
+        """A router joins its siblings with a table, or callers that the kernel sends here would be refused while those could answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(JOIN_S):
+                await self._has_table.wait()
+
+    async def _listen(self, parts: RouterParts) -> int:
+        """The port it listens on. The life before may need its time to drain to leave it."""
+        router, tls = self._config.spec.router, tls_of(self._config.spec)
+        address = RouterAddress(self._config)
+        return await address.listen(lambda port: parts.front.start(router.host, port, tls), patience_s=router.drain_timeout_s + CLOSE_S)
 
     def _follow(self, parts: RouterParts) -> None:
         parts.actor_health.start()
@@ -177,6 +175,7 @@ class RouterActor:
                 await parts.lanes.wait_until_settled(SETTLE_S)
             parts.models.put(models)
             parts.adopt(table)
+            self._has_table.set()
             await parts.health.update(table.models, parts.complete_models())
 
     async def _look(self, parts: RouterParts) -> None:
@@ -204,16 +203,3 @@ class RouterActor:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
             loop.add_signal_handler(signal.SIGTERM, lambda: loop.create_task(self.stop(timeout_s)))
-
-
-def _remembered_port(path: Path) -> int:
-    try:
-        text = path.read_text()
-    except OSError:
-        return 0
-    return int(text) if text.isdigit() and int(text) <= MAX_PORT else 0
-
-
-def _remember_port(path: Path, port: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(port))

@@ -59,8 +59,17 @@ def _headline(facts: StatusFacts) -> Text:
         line.append(f"   p50 {1e3 * router['latency_s_p50']:.1f} ms   p99 {1e3 * router['latency_s_p99']:.1f} ms")
         if total:
             line.append(f"   exact {_percent(outcomes['exact'], total)}   degraded {_percent(total - outcomes['exact'], total)}")
-        line.append(f"   failed {router['requests_failed']}/{router['requests_total']}   {facts.router_source.address}")
+        line.append(f"   failed {router['requests_failed']}/{router['requests_total']}   {facts.router_source.address}{_which_router(facts)}")
     return line
+
+
+def _which_router(facts: StatusFacts) -> str:
+    """Which of several routers behind one address said so; empty where there is only one."""
+    siblings = [router for router in facts.control.get("routers", ()) if router["address"] == facts.router_source.address]
+    if len(siblings) < 2:  # noqa: PLR2004
+        return ""
+    name = next((router["router_id"] for router in siblings if router["generation"] == facts.router["router_generation"]), "one")
+    return f"   ({name} of the {len(siblings)} routers there)"
 
 
 def _percent(part: int, total: int) -> str:

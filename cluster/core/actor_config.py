@@ -63,10 +63,21 @@ class ExpertActorConfig(_Config):
 
 
 class RouterConfig(_Config):
-    """One router. `control_address` is the controller's HOST:PORT; `spec` is the deployment it belongs to."""
+    """One router: one of `router_ids(spec)`. `control_address` is the controller's HOST:PORT; `spec` is the deployment it belongs to."""
 
     router_id: str
     spec: ClusterSpec
     control_address: str
     store_dir: Path
     code_digest: str = ""
+
+    @property
+    def metrics_port(self) -> int:
+        """The one that the spec names plus this router's place among its siblings; 0 where any will do."""
+        first = self.spec.router.metrics_port
+        return first + router_ids(self.spec).index(self.router_id) if first else 0
+
+
+def router_ids(spec: ClusterSpec) -> tuple[str, ...]:
+    """The routers of a deployment."""
+    return tuple(f"router-{place}" for place in range(spec.router.count))

@@ -66,8 +66,12 @@ def router_config(spec: ClusterSpec, launch: Launch, router_id: str) -> RouterCo
 
 
 def router_digest(spec: ClusterSpec, launch: Launch) -> str:
-    """SHA-256 of what shapes a router's behaviour. Models are not in it: routers learn them from the table. Nor is the controller's address."""
-    sections = (spec.router, spec.link, spec.auth, spec.telemetry)
+    """SHA-256 of what shapes a router's behaviour. Models are not in it: routers learn them from the table. Nor is the controller's address.
+
+    Nor is the number of its siblings, as long as there are some: another one joins those that run.
+    """
+    router = spec.router.model_copy(update={"count": min(spec.router.count, 2)})
+    sections = (router, spec.link, spec.auth, spec.telemetry)
     text = "\n".join([spec.name, str(launch.store_dir), launch.code_digest, *(part.model_dump_json() for part in sections)])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -42,12 +42,16 @@ class ActorRecord:
 
 @dataclass(frozen=True, slots=True)
 class RouterRecord:
-    """A router that was decided. `digest` says whether two routers would behave alike; `control_address` is where it looks for the controller."""
+    """A router that was decided. `digest` says whether two routers would behave alike; `control_address` is where it looks for the controller.
+
+    `shares_address`: others may listen where it does.
+    """
 
     router_id: str
     node_id: str
     digest: str
     control_address: str = ""
+    shares_address: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.core.actions import Action, ImportExperts, ImportModel, StartRouter, StopRouter
+from cluster.core.actions import Action, ImportExperts, ImportModel
 from cluster.core.descriptors import Manifest
 from cluster.core.devices import with_strike_of
 from cluster.core.errors import ConfigError
 from cluster.core.health import Health
 from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.judgement import judge, with_exactness
-from cluster.core.launch import Launch, controller_differences, router_digest
-from cluster.core.lifecycle import ActorView, Life, above_seen, hung_router, router_life, running_routers, track, views
+from cluster.core.launch import Launch, controller_differences
+from cluster.core.lifecycle import ActorView, Life, above_seen, running_routers, track, views
 from cluster.core.load import Load
 from cluster.core.memory import ActorRecord, Memory, RouterRecord, Withdrawal, load_key, with_failure, without_stored_copy
 from cluster.core.notes import is_ready_at, joined, standing, unsettled
@@ -25,11 +25,10 @@ from cluster.core.placement import Layout, Shape, copy_bytes, lay_out, shape_of,
 from cluster.core.plan import assumptions, draft_table, let_go, note_unpublished, plan_copies
 from cluster.core.replication import Warmth, place_further
 from cluster.core.roster import Roster, differing, farewells, plan_roster
+from cluster.core.routers import plan_routers, routers_missing
 from cluster.core.spec import ClusterSpec, ModelSpec
-from cluster.core.status import ActorState, FleetObservation, NodeObservation, RouterObservation, SlotState
+from cluster.core.status import ActorState, FleetObservation, NodeObservation, SlotState
 from cluster.core.table_draft import Held, TableDraft
-
-ROUTER_IDS = ("router-0",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def adopt(memory: Memory, spec: ClusterSpec, status: FleetObservation) -> Memory
             records[actor.incarnation.actor_id] = record
     for router in status.routers:
         generation = max(generation, router.generation)
-        routers.setdefault(router.router_id, RouterRecord(router.router_id, router.node_id, ""))
+        routers.setdefault(router.router_id, RouterRecord(router.router_id, router.node_id, "", shares_address=spec.router.shares_address))
     return replace(memory, actors=records, routers=routers, generation=generation, epoch=epoch)
 
 
@@ -242,44 +241,14 @@ class _Step:
             if node_id in alive and self.memory.may_try(action.key, self.now_s):
                 self.actions.append(action)
 
-    def _routers(self, table: TableDraft, *, replace_differing: bool) -> list[str]:
-        """Start routers once there is something to route to; keep them up; replace one that differs after the actors, when asked."""
-        seen = {router.router_id: router for router in self.status.routers}
-        digest = router_digest(self.spec, self.launch)
-        stops: list[StopRouter] = []
-        differences: list[str] = []
-        for router_id in ROUTER_IDS:
-            record, router = self.memory.routers.get(router_id), seen.get(router_id)
-            running = router is not None and router.state is not ActorState.DEAD
-            if router is not None and running and (trouble := hung_router(router, self.spec, self.memory, self.now_s)):
-                stops.append(StopRouter(router_id, trouble))
-            elif record is not None and running and record.control_address not in ("", self.launch.control_address):
-                stops.append(StopRouter(router_id, "the controller listens elsewhere now"))
-            elif record is not None and record.digest != digest and running:
-                differences.append(f"{router_id} runs with another config or code" + ("" if record.digest else ", or the same: it was taken over"))
-                if replace_differing:
-                    stops.append(StopRouter(router_id, "to be replaced"))
-            elif not running and table.copies:
-                self._start_router(router_id, digest, router)
-        stops += [StopRouter(name, "not wanted") for name in sorted(running_routers(self.status).difference(ROUTER_IDS))]
-        self.actions += [stop for stop in stops if self.memory.may_try(stop.key, self.now_s)]
-        return differences
-
-    def _start_router(self, router_id: str, digest: str, router: RouterObservation | None) -> None:
-        life, memory = router_life(router_id), self.memory
-        action = StartRouter(router_id, self.head.node_id if self.head is not None else "", "wanted, and there is a table to serve")
-        if life in memory.issued:
-            if life in memory.returned:
-                why = router.reason if router is not None and router.reason else "its process is gone"
-                memory = with_failure(memory, action.key, f"{router_id} was lost: {why}", self.now_s)
-                memory = replace(memory, issued=memory.issued - {life}, returned=memory.returned - {life})
-        elif self.head is None or any((self.head.node_id, model.name) not in memory.stored for model in self.spec.models if model.name in memory.models):
-            self.notes.append(f"{router_id} waits for the gates of its models on the head node")
-        elif memory.may_try(action.key, self.now_s):
-            record = RouterRecord(router_id, self.head.node_id, digest, self.launch.control_address)
-            memory = replace(memory, issued=memory.issued | {life}, routers={**memory.routers, router_id: record})
-            self.actions.append(action)
-        self.memory = memory
+    def _routers(self, table: TableDraft, *, replace_differing: bool) -> tuple[str, ...]:
+        """After the actors when they are to be replaced."""
+        has_copies = bool(table.copies)
+        plan = plan_routers(self.spec, self.launch, self.memory, self.status, self.head, has_copies=has_copies, replace_differing=replace_differing)
+        self.memory = plan.memory
+        self.actions += plan.actions
+        self.notes += plan.notes
+        return plan.differences
 
     def _decision(self, table: TableDraft, layout: Layout, differences: tuple[str, ...]) -> Decision:
         wanted = sum(len(homes) for homes in layout.homes.values())
@@ -304,7 +273,7 @@ class _Step:
         notes += standing(memory, self.told.hot, layout)
         notes += [f"{router.router_id} does not answer" for router in self.status.routers if router.state is ActorState.UNREACHABLE]
         if not routed and wanted:
-            notes.append("no router is ready")
+            notes.append(routers_missing(self.spec, self.status))
         if differences and memory.replace:
             notes.append(f"{len(differences)} still to be replaced: {differences[0]}")
         elif differences:
@@ -324,7 +293,7 @@ class _Step:
         return not waits and not is_judging and num_slots == sum(map(len, table.copies.values())) and self._is_settled(layout)
 
     def _is_routed(self) -> bool:
-        return {router.router_id for router in self.status.routers if router.state is ActorState.READY}.issuperset(ROUTER_IDS)
+        return not routers_missing(self.spec, self.status)
 
     def _state(self, memory: Memory, *, complete: bool) -> str:
         reached = memory.reached_revision == memory.spec_revision > 0

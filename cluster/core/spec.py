@@ -11,7 +11,8 @@ from cluster.core.descriptors import DType
 
 MIB = 1 << 20
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Port = Annotated[int, Field(ge=0, le=65535)]
+MAX_PORT = 65_535
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 
 
 class _Section(BaseModel):
@@ -168,6 +169,12 @@ class RouterSpec(_Section):
 
     host: str = "127.0.0.1"
     port: Port = Field(50051, description="0 picks a free port; `moelastic status` prints it")
+    count: PositiveInt = Field(
+        1,
+        le=16,
+        description="router processes behind this one address, for more cores, on Linux only: the kernel gives each new connection to one of them. Every"
+        " limit of this section holds for each process",
+    )
     max_message_bytes: PositiveInt = 64 * MIB
     max_inflight_bytes: PositiveInt = Field(256 * MIB, description="bytes of request messages held at once")
     max_tokens_per_request: PositiveInt = 65_536
@@ -178,9 +185,21 @@ class RouterSpec(_Section):
     max_timeout_s: PositiveFloat = 600.0
     drain_timeout_s: PositiveFloat = 10.0
     reflection: Literal["auto", "on", "off"] = Field("auto", description="auto: on when `host` is a loopback address")
-    metrics_port: Port = Field(0, description="Prometheus port on 127.0.0.1; 0 picks a free one")
+    metrics_port: Port = Field(0, description="Prometheus port on 127.0.0.1, further routers have the ones after it; 0 picks a free one for each")
     tls_cert: Path | None = None
     tls_key: Path | None = None
+
+    @property
+    def shares_address(self) -> bool:
+        """Whether several processes listen on the one address."""
+        return self.count > 1
+
+    @model_validator(mode="after")
+    def _metrics_ports_exist(self) -> Self:
+        if self.metrics_port and self.metrics_port + self.count - 1 > MAX_PORT:
+            message = f"metrics_port: {self.count} routers need as many ports from {self.metrics_port} on, and the last port is {MAX_PORT}; lower it, or set 0"
+            raise ValueError(message)
+        return self
 
 
 class ControlSpec(_Section):
