@@ -193,6 +193,22 @@ async def test_both_are_asked_with_their_tokens(served: tuple[Connection, Contro
     assert status.router_source.age_s == 0.5
 
 
+def test_of_several_routers_behind_an_address_the_one_that_answered_is_named() -> None:
+    def with_routers(*generations: int) -> StatusFacts:
+        made = control.GetClusterStatusResponse()
+        made.CopyFrom(CONTROL)
+        for place, generation in enumerate(generations):
+            made.routers.add(router_id=f"router-{place}", generation=generation, address="127.0.0.1:50051", state="ready")
+        answer = router.GetStatusResponse()
+        answer.CopyFrom(ROUTER)
+        answer.router_generation = 7
+        return facts(router=plain(answer), control=plain(made), router_source=Source("127.0.0.1:50051", is_answering=True))
+
+    assert "127.0.0.1:50051   (router-1 of the 2 routers there)" in shown(with_routers(6, 7))
+    assert "127.0.0.1:50051   (one of the 2 routers there)" in shown(with_routers(6, 8))
+    assert "routers there" not in shown(with_routers(7))
+
+
 async def test_a_router_that_moved_is_found_by_the_controller(served: tuple[Connection, Controls]) -> None:
     connection, controls = served
     controls.routers = [connection.router_address]
