@@ -273,7 +273,7 @@ class _Step:
         notes += standing(memory, self.told.hot, layout)
         notes += [f"{router.router_id} does not answer" for router in self.status.routers if router.state is ActorState.UNREACHABLE]
         if not routed and wanted:
-            notes.append(routers_missing(self.spec, self.status))
+            notes.append(routers_missing(self.spec, self.memory, self.status))
         if differences and memory.replace:
             notes.append(f"{len(differences)} still to be replaced: {differences[0]}")
         elif differences:
@@ -293,7 +293,7 @@ class _Step:
         return not waits and not is_judging and num_slots == sum(map(len, table.copies.values())) and self._is_settled(layout)
 
     def _is_routed(self) -> bool:
-        return not routers_missing(self.spec, self.status)
+        return not routers_missing(self.spec, self.memory, self.status)
 
     def _state(self, memory: Memory, *, complete: bool) -> str:
         reached = memory.reached_revision == memory.spec_revision > 0

@@ -31,13 +31,22 @@ def plan_routers(
     return _Step(spec, launch, memory, status, head).plan(has_copies=has_copies, replace_differing=replace_differing)
 
 
-def routers_missing(spec: ClusterSpec, status: FleetObservation) -> str:
-    """Which routers are not ready, as a note; empty when all are."""
+def routers_missing(spec: ClusterSpec, memory: Memory, status: FleetObservation) -> str:
+    """Which routers are not ready, as a note; empty when all are that can be before something is replaced."""
     ready = {router.router_id for router in status.routers if router.state is ActorState.READY}
-    missing = [router_id for router_id in router_ids(spec) if router_id not in ready]
-    if len(missing) == spec.router.count:
+    due = running_routers(status) if _loner(spec, memory, status) else router_ids(spec)
+    missing = [router_id for router_id in router_ids(spec) if router_id in due and router_id not in ready]
+    if not ready.intersection(router_ids(spec)):
         return "no router is ready"
     return f"{len(missing)} of {spec.router.count} routers are not ready: {', '.join(missing)}" if missing else ""
+
+
+def _loner(spec: ClusterSpec, memory: Memory, status: FleetObservation) -> str:
+    """A router that runs and would let no other listen where it does, though the spec wants several; empty when there is none."""
+    if not spec.router.shares_address:
+        return ""
+    known = memory.routers
+    return next((name for name in sorted(running_routers(status)) if name in known and not known[name].shares_address), "")
 
 
 class _Step:
@@ -47,6 +56,7 @@ class _Step:
         self.digest = router_digest(spec, launch)
         self.seen: Mapping[str, RouterObservation] = {router.router_id: router for router in status.routers}
         self.running = running_routers(status)
+        self.loner = _loner(spec, memory, status)
         self.actions: list[Action] = []
         self.notes: list[str] = []
 
@@ -54,7 +64,6 @@ class _Step:
         wanted = router_ids(self.spec)
         stops: list[StopRouter] = []
         differences: list[str] = []
-        loner = self._loner()
         for router_id in wanted:
             record, router = self.memory.routers.get(router_id), self.seen.get(router_id)
             running = router_id in self.running
@@ -64,27 +73,20 @@ class _Step:
                 stops.append(StopRouter(router_id, "the controller listens elsewhere now"))
             elif record is not None and record.digest != self.digest and running:
                 differences.append(f"{router_id} runs with another config or code" + ("" if record.digest else ", or the same: it was taken over"))
-                if replace_differing and not stops and self._can_spare(router_id, loner):
+                if replace_differing and not stops and self._can_spare(router_id):
                     stops.append(StopRouter(router_id, "to be replaced"))
-            elif not running and loner:
-                self.notes.append(f"{router_id} waits until {loner} has been replaced, which shares its address with nobody")
+            elif not running and self.loner:
+                self.notes.append(f"{router_id} waits until {self.loner} has been replaced, which shares its address with nobody")
             elif not running and has_copies:
                 self._start(router_id, router)
         stops += [StopRouter(name, "not wanted") for name in sorted(self.running.difference(wanted))]
         self.actions += [stop for stop in stops if self.memory.may_try(stop.key, self.now_s)]
         return RouterPlan(self.memory, tuple(self.actions), tuple(self.notes), tuple(differences))
 
-    def _loner(self) -> str:
-        """A router that runs and would let no other listen where it does, though the spec wants several; empty when there is none."""
-        if not self.spec.router.shares_address:
-            return ""
-        records = self.memory.routers
-        return next((name for name in sorted(self.running) if name in records and not records[name].shares_address), "")
-
-    def _can_spare(self, router_id: str, loner: str) -> bool:
+    def _can_spare(self, router_id: str) -> bool:
         """Whether all others that can run do so, so that callers have somewhere to go."""
         others = (name for name in router_ids(self.spec) if name != router_id)
-        return router_id == loner or all(name in self.seen and self.seen[name].state is ActorState.READY for name in others)
+        return router_id == self.loner or all(name in self.seen and self.seen[name].state is ActorState.READY for name in others)
 
     def _start(self, router_id: str, router: RouterObservation | None) -> None:
         life, memory = router_life(router_id), self.memory

@@ -78,9 +78,11 @@ async def test_a_second_router_waits_until_the_first_one_shares_its_address(tmp_
         await rig.step()
         assert set(rig.fleet.routers) == {"router-0"}
     assert "router-1 waits until router-0 has been replaced" in rig.message
+    assert rig.state == "SERVING"
     await rig.controller.apply(spec_of(2), replace_differing=True)
     await rig.until(lambda: rig.state == "SERVING" and rig.message == "")
     assert ready(rig) == {"router-0", "router-1"}
+    assert not rig.controller.snapshot().memory.replace
     log = rig.fleet.log
     assert log.index("stop router-0") < log.index("start router-1 on head")
 
