@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.expert_blob import Array, Descriptor, Kind, decode, views
-from cluster.core.descriptors import CodecRecord
+from cluster.core.descriptors import CodecRecord, ExpertDescriptor
 from cluster.core.errors import CheckpointError, ConfigError, NotFound
 
 Parts = Sequence[bytes | memoryview]
@@ -67,6 +67,14 @@ class BlobFiles:
         """Size of a blob in bytes, its bytes unread. Raises NotFound, or CheckpointError when it cannot be read."""
         with self._opened(digest) as file:
             return os.fstat(file).st_size
+
+    def expert_bytes(self, digest: str) -> int:
+        """Bytes of the expert that a blob holds, or stands for as its shadow; its header is read and trusted. Raises NotFound or CheckpointError."""
+        with self._opened(digest) as file:
+            size = os.fstat(file).st_size
+            blob = memoryview(mmap.mmap(file, size, access=mmap.ACCESS_READ) if size else b"")
+        descriptor = decode(blob, digest[:12]).descriptor
+        return descriptor.num_bytes if isinstance(descriptor, ExpertDescriptor) else 0
 
     def is_whole(self, digest: str) -> bool:
         """Whether a blob is there and its bytes are those of its name."""

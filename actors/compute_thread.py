@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from actors.core.frames import Buffers, FramePlan, Outcome, answer, copy_of, plan_frame
+from actors.blob_files import StoredBlob
+from actors.core.frames import Buffers, Outcome, answer, copy_of, plan_frame
 from actors.core.slots import Holding
 from actors.expert_layouts import ExpertWeights
 from actors.frame_forward import Outcomes
+from actors.packed_forward import PackedForward
+from cluster.core.descriptors import ExpertDescriptor
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.link_frames import Forward, Result, SegmentStatus
 from cluster.telemetry.tracing import Span, Tracing
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 class PendingFrame:
     """A frame that was taken. `holdings` and `weights` follow its segments (None: not held); `leases` are the copies it keeps from being let go.
 
+    `packed` are shadows, by position, that are held and have no weights, because there was no room to expand them.
     `condemned` are copies that turned out to be corrupt while it waited or was computed: nothing of theirs is sent.
     """
 
@@ -36,16 +39,9 @@ class PendingFrame:
     leases: tuple[CopyId, ...]
     arrived_s: float
     num_rows: int
+    packed: dict[int, StoredBlob] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     condemned: set[CopyId] = field(default_factory=set)
-
-
-class FrameRunner(Protocol):
-    """What computes planned frames; `actors.frame_forward.FrameForward` is one."""
-
-    def run(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
-        """The outcome of every planned segment, by position; `weights` by position."""
-        ...
 
 
 class ComputeThread:
@@ -53,7 +49,7 @@ class ComputeThread:
 
     def __init__(
         self,
-        forward: FrameRunner,
+        forward: PackedForward,
         *,
         incarnation: Incarnation,
         max_queued_frames: int,
@@ -176,10 +172,10 @@ class ComputeThread:
     def _compute(self, pending: PendingFrame) -> tuple[Result, Buffers]:
         begun_s = self._clock()
         queue_s = max(0.0, begun_s - pending.arrived_s)
-        descriptors = [None if weights is None else weights.descriptor for weights in pending.weights]
+        descriptors = [_descriptor_of(pending, position) for position in range(len(pending.weights))]
         plan = plan_frame(pending.frame, pending.holdings, descriptors, waited_s=queue_s, cancelled=frozenset(pending.cancelled))
         held = {position: weights for position, weights in enumerate(pending.weights) if weights is not None}
-        outcomes = self._forward.run(plan, pending.body, held)
+        outcomes = self._forward.run(plan, pending.body, held, pending.packed)
         if pending.condemned:
             outcomes = self._without_condemned(pending, outcomes)
         compute_s = max(0.0, self._clock() - begun_s)
@@ -190,6 +186,11 @@ class ComputeThread:
             condemned = frozenset(pending.condemned)
         wrong = Outcome(SegmentStatus.WRONG_NUMBERS, message="the copy's resident weights turned out to be corrupt; use another copy")
         return {position: wrong if copy_of(pending.frame.segments[position]) in condemned else outcome for position, outcome in outcomes.items()}
+
+
+def _descriptor_of(pending: PendingFrame, position: int) -> ExpertDescriptor | None:
+    found = pending.weights[position] or pending.packed.get(position)
+    return found.descriptor if found is not None and isinstance(found.descriptor, ExpertDescriptor) else None
 
 
 def _describe(span: Span, pending: PendingFrame, result: Result) -> None:

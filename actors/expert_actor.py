@@ -18,9 +18,9 @@ import psutil
 from actors.expert_store import ExpertStore
 from actors.link_server import LinkServer
 from cluster.core.actor_config import ExpertActorConfig
-from cluster.core.errors import MoeError, NotReady
+from cluster.core.errors import CheckpointError, MoeError, NotReady
 from cluster.core.ids import CopyId, ExpertId, Role
-from cluster.core.link_frames import Warm, fault_token_of
+from cluster.core.link_frames import Cool, Warm, fault_token_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.status import ActorReport, CommandReply
 from cluster.telemetry.tracing import Tracing
@@ -87,7 +87,7 @@ class ExpertActor:
             runtime.submit if faults is None else faults.hinder_submit(runtime.submit),
             runtime.progress,
             cancel=runtime.cancel,
-            warm=lambda hint: runtime.warm(warmed_copy(hint)),
+            hint=lambda hint: (runtime.warm if isinstance(hint, Warm) else runtime.cool)(hinted_copy(hint)),
             fault=None if faults is None else faults.answer,
         )
         try:
@@ -163,7 +163,15 @@ class ExpertActor:
 
         # What packing adds is known for certain only when it is done; until then it counts in full.
         factor = {copy: 2 if self._config.layout == "packed" and copy.role is Role.REPLICA else 1 for copy in copies}
-        return [SizedCopy(copy, factor[copy] * self._store.num_bytes(copy.version)) for copy in copies]
+        return [SizedCopy(copy, factor[copy] * self._store.num_bytes(copy.version), self._expanded_bytes(copy)) for copy in copies]
+
+    def _expanded_bytes(self, copy: CopyId) -> int:
+        if copy.role is not Role.SHADOW:
+            return 0
+        try:
+            return self._store.expert_bytes(copy.version)
+        except CheckpointError:  # its load will fail, and say why
+            return 0
 
     def _command(self, command: Callable[[ExpertRuntime], None]) -> CommandReply:
         if self._running is None:
@@ -195,6 +203,8 @@ class ExpertActor:
             frames_done=progress.frames_done,
             oldest_age_s=progress.oldest_age_s,
             expanded_bytes=runtime.expanded_bytes,
+            expanded_max_bytes=runtime.expanded_max_bytes,
+            num_unexpanded=runtime.num_unexpanded,
         )
 
 
@@ -208,7 +218,7 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-def warmed_copy(hint: Warm) -> CopyId:
+def hinted_copy(hint: Warm | Cool) -> CopyId:
     """The shadow that a hint is about."""
     return CopyId(ExpertId(hint.model, hint.layer, hint.index), hint.version.hex(), Role.SHADOW)
 

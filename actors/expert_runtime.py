@@ -14,11 +14,11 @@ from functools import partial
 import torch
 
 from actors.blob_files import StoredBlob
-from actors.compute_thread import ComputeThread, FrameRunner, PendingFrame, Reply
+from actors.compute_thread import ComputeThread, PendingFrame, Reply
 from actors.copy_loader import BlobSource, CopyLoader, Loaded
 from actors.core.abft import WRONG_WEIGHTS, block_sums
 from actors.core.frames import copy_of, refuse_frame, refuse_segments
-from actors.core.memory import capacity_bytes
+from actors.core.memory import capacity_bytes, expansions_reserved
 from actors.core.slots import (
     AssumeReceived,
     CancelLoad,
@@ -40,8 +40,9 @@ from actors.core.slots import (
 from actors.device import device_label, measure_memory, self_test
 from actors.expert_layouts import ExpertWeights, load_weights, with_packed
 from actors.frame_audit import FrameSampler
-from actors.frame_forward import FrameForward, GroupedForward, leave_process
+from actors.frame_forward import FrameForward, FrameRunner, GroupedForward, leave_process
 from actors.link_server import Progress
+from actors.packed_forward import PackedForward
 from actors.redigest import Redigester, Resident, digests_of, resident_of
 from actors.shadow_workspace import Expanded, ShadowWorkspace
 from actors.staging import open_staging
@@ -84,15 +85,12 @@ class ExpertRuntime:
         self._loaded: dict[int, Resident] = {}
         self._expanding: list[PendingFrame] = []
         max_queued_frames = config.frames_in_flight * max_links
-        capacity = capacity_bytes(
-            measure_memory(device), limit_bytes=config.memory_bytes, num_gpus=config.num_gpus, max_tokens_per_frame=config.max_tokens_per_frame
-        )
-        self._table = SlotTable(num_slots=config.num_slots, capacity_bytes=capacity)
+        self._table = _slot_table(config, device)
         labels: dict[str, str | int] = {"actor_id": config.actor_id, "generation": config.generation, "device": self.device_label, "node_id": node_id}
         sampler = FrameSampler(config.abft_fraction, config.generation) if config.abft_fraction > 0 else None
         runner = FrameForward(self._staging, forward, on_sticky, sampler=sampler, on_wrong=self._on_wrong)
         self._compute = ComputeThread(
-            runner if hinder is None else hinder(runner),
+            PackedForward(runner if hinder is None else hinder(runner), self._staging, load, on_sticky),
             incarnation=config.incarnation,
             max_queued_frames=max_queued_frames,
             clock=clock,
@@ -114,6 +112,8 @@ class ExpertRuntime:
         self._workspace = ShadowWorkspace(
             max_experts=config.expanded_max,
             max_waiting=max_queued_frames,
+            idle_s=config.expanded_idle_s,
+            clock=clock,
             staging=lambda: open_staging(device),
             expand=self._load,
             complete=self._add_checksums,
@@ -183,6 +183,10 @@ class ExpertRuntime:
         """Expand a shadow that rows are likely for, off the compute thread; nothing for a copy that is not held or needs no expansion."""
         self._workspace.warm(copy)
 
+    def cool(self, copy: CopyId) -> None:
+        """The replica of a shadow is back: what the expanded shadow takes is free for others."""
+        self._workspace.cool(copy)
+
     def replicas(self) -> list[CopyId]:
         """Every replica that is held, in order."""
         with self._lock:
@@ -210,8 +214,10 @@ class ExpertRuntime:
         copies = [copy_of(segment) for segment in pending.frame.segments]
         with self._lock:
             self._expanding.remove(pending)
-            pending.weights = [expanded.get(copy) if weights is None else weights for copy, weights in zip(copies, pending.weights, strict=True)]
-            held = zip(pending.holdings, pending.weights, strict=True)
+            found = [expanded.get(copy) if weights is None else weights for copy, weights in zip(copies, pending.weights, strict=True)]
+            pending.weights = [weights if isinstance(weights, ExpertWeights) else None for weights in found]
+            pending.packed = {position: packed for position, packed in enumerate(found) if isinstance(packed, StoredBlob)}
+            held = zip(pending.holdings, found, strict=True)
             pending.holdings = [Holding.NOT_HELD if weights is None and holding is Holding.HELD else holding for holding, weights in held]
         self._offer(pending)
 
@@ -246,8 +252,9 @@ class ExpertRuntime:
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes that all slots together may take."""
-        return self._table.capacity_bytes
+        """Bytes that all slots together may take; on a device, without those that are set aside for shadows in slots to be expanded."""
+        with self._lock:
+            return self._table.capacity_bytes - self._table.reserved_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -259,6 +266,17 @@ class ExpertRuntime:
     def expanded_bytes(self) -> int:
         """Bytes of shadows that are expanded now, beside what the slots take."""
         return self._workspace.expanded_bytes
+
+    @property
+    def expanded_max_bytes(self) -> int:
+        """Bytes that the shadows in slots take at most when they are expanded, `expanded_max` of them at once."""
+        with self._lock:
+            return self._table.largest_expanded_bytes(self._config.expanded_max)
+
+    @property
+    def num_unexpanded(self) -> int:
+        """How many times rows were answered by a shadow for which there was no room."""
+        return self._workspace.num_unexpanded
 
     @property
     def max_epoch(self) -> int:
@@ -344,6 +362,18 @@ class ExpertRuntime:
             self._weights[copy] = resident.loaded
         else:
             self._workspace.hold(copy, resident.loaded)
+
+
+def _slot_table(config: ExpertActorConfig, device: torch.device) -> SlotTable:
+    memory = measure_memory(device)
+    capacity = capacity_bytes(
+        memory,
+        limit_bytes=config.memory_bytes,
+        num_gpus=config.num_gpus,
+        max_tokens_per_frame=config.max_tokens_per_frame,
+        has_checksums=config.abft_fraction > 0,
+    )
+    return SlotTable(num_slots=config.num_slots, capacity_bytes=capacity, num_reserved=expansions_reserved(memory, config.expanded_max))
 
 
 def _shadows(pending: PendingFrame) -> list[CopyId]:

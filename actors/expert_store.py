@@ -173,6 +173,10 @@ class ExpertStore:
         """Size of a blob in bytes, before anybody reads it. Raises NotFound."""
         return self._blobs.num_bytes(digest)
 
+    def expert_bytes(self, digest: str) -> int:
+        """Bytes of the expert that a blob holds, or stands for as its shadow, by its header. Raises NotFound, or CheckpointError for a header that is wrong."""
+        return self._blobs.expert_bytes(digest)
+
     def open(self, digest: str) -> StoredBlob:
         """Map a blob, verified once on this node. Raises NotFound, or CheckpointError when a byte is wrong."""
         return self._blobs.open(digest)

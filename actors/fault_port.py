@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.compute_thread import FrameRunner, Reply
+from actors.compute_thread import Reply
 from actors.core.faults import (
     ActiveFaults,
     Balloon,
@@ -32,6 +32,7 @@ from actors.core.faults import (
 )
 from actors.core.frames import Buffers, refuse_segments
 from actors.expert_layouts import ExpertWeights
+from actors.frame_forward import FrameRunner
 from actors.hindered_forward import HinderedRunner
 from actors.spoilt_weights import Replicas, SpoiltWeights
 from cluster.core import link_frames

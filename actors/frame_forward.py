@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -22,6 +23,14 @@ from cluster.core.link_frames import SegmentStatus
 
 GroupedForward = Callable[[torch.Tensor, Sequence[ExpertWeights], Sequence[int]], torch.Tensor]
 Outcomes = dict[int, Outcome]
+
+
+class FrameRunner(Protocol):
+    """What computes planned frames; `FrameForward` is one."""
+
+    def run(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
+        """The outcome of every planned segment, by position; `weights` by position."""
+        ...
 
 
 def leave_process(error: BaseException) -> None:

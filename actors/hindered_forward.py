@@ -8,11 +8,10 @@ from typing import Protocol
 
 import torch
 
-from actors.compute_thread import FrameRunner
 from actors.core.faults import Flips, FrameOrder, pick_bit
 from actors.core.frames import FramePlan
 from actors.expert_layouts import ExpertWeights
-from actors.frame_forward import Outcomes
+from actors.frame_forward import FrameRunner, Outcomes
 from actors.product_watch import watching
 
 

@@ -19,6 +19,7 @@ from cluster.core.ids import Incarnation
 from cluster.core.link_frames import (
     NONCE_BYTES,
     Cancel,
+    Cool,
     Fault,
     FaultReply,
     Forward,
@@ -60,7 +61,7 @@ class LinkServer:
 
     `submit(frame, body, reply)` hands a frame to the compute thread; it must not block. `reply(result, buffers)` may be called from any thread, once.
     `body` and `buffers` (which may alias it) belong to the link again after that call. `cancel(frame, segment_ids)` says that nobody waits any more;
-    the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED. `warm(hint)` must not block;
+    the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED. `hint(frame)` must not block;
     `fault(frame)` may: it runs in a thread of its own. Without it every fault frame is refused.
     """
 
@@ -73,7 +74,7 @@ class LinkServer:
         progress: Callable[[], tuple[int, float, int] | Progress],
         *,
         cancel: Callable[[Forward, tuple[int, ...]], None] | None = None,
-        warm: Callable[[Warm], None] | None = None,
+        hint: Callable[[Warm | Cool], None] | None = None,
         fault: Callable[[Fault], FaultReply] | None = None,
     ) -> None:
         self.incarnation = incarnation
@@ -81,7 +82,7 @@ class LinkServer:
         self.submit = submit
         self.progress = progress
         self.cancel = cancel
-        self.warm = warm
+        self.hint = hint
         self.fault = fault
         self.is_draining = False
         self.num_faults = 0
@@ -238,9 +239,9 @@ class _ServerLink:
                 self.stream.send(Pong(frame.sequence, self._server.incarnation.generation, *progress))
             case Cancel():
                 self._on_cancel(frame)
-            case Warm():
-                if self._server.warm is not None:
-                    self._server.warm(frame)
+            case Warm() | Cool():
+                if self._server.hint is not None:
+                    self._server.hint(frame)
             case Fault():
                 self._on_fault(frame)
             case Goodbye():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 from google.protobuf.message import Message
@@ -62,6 +63,7 @@ def status_message(controller: Controller) -> pb.GetClusterStatusResponse:
     for device, reason in sorted(memory.quarantined.items()):
         message.quarantined.add(device=device, reason=reason)
     _add_hot(message, snapshot)
+    _add_shadows(message, snapshot)
     for place, (done, wanted) in sorted(snapshot.imports.items()):
         node_id, _, name = place.partition("/")
         message.imports.add(model=name, node_id=node_id, num_done=done, num_wanted=wanted)
@@ -107,6 +109,24 @@ def _add_hot(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> None:
             message.hot.add(model=expert.model, layer=expert.layer, index=expert.index, actor_id=name, reason=warmth.why)
 
 
+def _add_shadows(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> None:
+    """What the shadows of each model that wants them take packed, and what they may."""
+    packed_bytes: Counter[str] = Counter()
+    for actor in snapshot.status.actors:
+        for slot in actor.report.slots if actor.report is not None else ():
+            if slot.copy.role is Role.SHADOW:
+                packed_bytes[slot.copy.expert.model] += slot.num_bytes
+    for name, record in sorted(snapshot.memory.models.items()):
+        if record.shadow is not None:
+            experts_bytes = sum(layer.num_experts * layer.expert.num_bytes for layer in record.manifest.model.layers)
+            message.shadows.add(
+                model=name,
+                packed_bytes=packed_bytes[name],
+                packed_max_bytes=int(record.shadow.memory_fraction * experts_bytes),
+                experts_bytes=experts_bytes,
+            )
+
+
 def _doubt(view: ActorView, snapshot: Snapshot) -> str:
     """What routers say of an actor that they do not trust, or not quite."""
     said = snapshot.told.health.of(view.incarnation, snapshot.status.observed_s)
@@ -147,7 +167,7 @@ def _fill(entry: pb.ActorStatus, report: ActorReport) -> None:
     entry.address = f"{report.host}:{report.port}"
     entry.device, entry.pid, entry.num_slots = report.device, report.pid, report.num_slots
     entry.capacity_bytes, entry.used_bytes = max(0, report.capacity_bytes), max(0, report.used_bytes)
-    entry.expanded_bytes = report.expanded_bytes
+    entry.expanded_bytes, entry.expanded_max_bytes, entry.num_unexpanded = report.expanded_bytes, report.expanded_max_bytes, report.num_unexpanded
     for slot in report.slots:
         expert = slot.copy.expert
         entry.slots.add(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Final, assert_never
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple, assert_never
 
-from cluster.core.ids import Role
-from cluster.core.link_frames import Pong, Warm
-from cluster.core.routing_table import RoutingTable
+from cluster.core.ids import ExpertId, Role
+from cluster.core.link_frames import Cool, Pong, Warm
+from cluster.core.routing_table import RoutingTable, TableCopy
 from cluster.telemetry.metrics import RouterMetrics
 from router_service.actor_lane import ActorLane
 from router_service.core.liveness import Liveness
@@ -41,7 +41,8 @@ class ActorHealth:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, ActorLane] = {}
-        self._shadows: dict[str, list[tuple[str, Warm]]] = {}
+        self._shadows: dict[str, list[_Shadow]] = {}
+        self._standing_in: set[_Shadow] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._expected_s = 0.0
         self._num_owed = 0
@@ -62,16 +63,24 @@ class ActorHealth:
         return self._liveness.state(actor)
 
     def adopt(self, table: RoutingTable) -> None:
-        """Know the table's shadows, so that they can be made ready when a replica is suspected; forget copies that it dropped."""
+        """Know the table's shadows, so that they can be made ready when a replica is suspected, and let go when one is there again.
+
+        Copies that the table dropped are forgotten.
+        """
         self._trust.adopt(table)
-        shadows: defaultdict[str, list[tuple[str, Warm]]] = defaultdict(list)
+        shadows: defaultdict[str, list[_Shadow]] = defaultdict(list)
+        needed, ended = set(), []
         for expert, copies in table.copies.items():
-            replicas = [copy for copy in copies if copy.role is Role.REPLICA]
-            for copy in copies:
-                if copy.role is Role.SHADOW and len(replicas) == 1:
-                    warm = Warm(expert.model, expert.layer, expert.index, bytes.fromhex(copy.version))
-                    shadows[str(replicas[0].incarnation)].append((str(copy.incarnation), warm))
-        self._shadows = dict(shadows)
+            replicas = [str(copy.incarnation) for copy in copies if copy.role is Role.REPLICA]
+            for shadow in [_shadow(expert, copy) for copy in copies if copy.role is Role.SHADOW]:
+                if len(replicas) == 1:
+                    shadows[replicas[0]].append(shadow)
+                if not replicas or (shadow in self._standing_in and not any(self.state(name) is State.HEALTHY for name in replicas)):
+                    needed.add(shadow)
+                elif shadow in self._standing_in:
+                    ended.append(shadow)
+        self._shadows, self._standing_in = dict(shadows), needed
+        self._cool(ended)
 
     def joined(self, lane: ActorLane) -> None:
         """A fresh link is ready."""
@@ -164,6 +173,7 @@ class ActorHealth:
                 case Clear():
                     self._trust.set_actor(verdict.actor, Rank.GOOD)
                     del self.evidence[verdict.actor]
+                    self._cool(shadow for shadow in self._shadows.get(verdict.actor, ()) if shadow in self._standing_in)
                 case _:
                     assert_never(verdict)
             self.changed.set()
@@ -182,6 +192,25 @@ class ActorHealth:
 
     def _warm_shadows(self, actor: str) -> None:
         """Have the shadows of what this actor alone holds made ready, at most MAX_WARMED of them: a hint, so that the first row need not wait."""
-        for holder, warm in self._shadows.get(actor, ())[:MAX_WARMED]:
-            if (lane := self._lanes.get(holder)) is not None:
-                lane.warm(warm)
+        for shadow in self._shadows.get(actor, ())[:MAX_WARMED]:
+            self._standing_in.add(shadow)
+            if (lane := self._lanes.get(shadow.holder)) is not None:
+                lane.hint(Warm(*shadow.copy))
+
+    def _cool(self, shadows: Iterable[_Shadow]) -> None:
+        """Say of shadows whose replica is back that they need not stay ready."""
+        for shadow in tuple(shadows):
+            self._standing_in.discard(shadow)
+            if (lane := self._lanes.get(shadow.holder)) is not None:
+                lane.hint(Cool(*shadow.copy))
+
+
+class _Shadow(NamedTuple):
+    """A shadow and the incarnation that holds it: model, layer, index and version as hints name it."""
+
+    holder: str
+    copy: tuple[str, int, int, bytes]
+
+
+def _shadow(expert: ExpertId, copy: TableCopy) -> _Shadow:
+    return _Shadow(str(copy.incarnation), (expert.model, expert.layer, expert.index, bytes.fromhex(copy.version)))

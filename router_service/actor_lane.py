@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 
 from cluster.core.errors import DeadlineExceeded, MoeError, ReplicaRejected, ReplicaUnavailable
-from cluster.core.link_frames import Pong, Result, Warm
+from cluster.core.link_frames import Cool, Pong, Result, Warm
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint
 from router_service.core.balance import Pace
@@ -170,10 +170,10 @@ class ActorLane:
         if self._link is not None:
             self._link.probe()
 
-    def warm(self, warm: Warm) -> None:
-        """Hint that rows for a shadow are likely."""
+    def hint(self, hint: Warm | Cool) -> None:
+        """Hint that rows for a shadow are likely, or not any more."""
         if self._link is not None and self._link.phase is LinkPhase.READY:
-            self._link.send(warm)
+            self._link.send(hint)
 
     async def retire(self, reason: str, timeout_s: float) -> None:
         """Leave after the last reply, or after `timeout_s` without it. Whoever still waits then gets ReplicaUnavailable."""

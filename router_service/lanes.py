@@ -111,7 +111,7 @@ class Lanes:
     def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
         """Hint to who holds a shadow that rows for it are likely; nothing where there is no link."""
         if (lane := self._lanes.get(shadow.incarnation)) is not None:
-            lane.warm(Warm(expert.model, expert.layer, expert.index, bytes.fromhex(shadow.version)))
+            lane.hint(Warm(expert.model, expert.layer, expert.index, bytes.fromhex(shadow.version)))
 
     def status(self) -> list[LinkState]:
         """Every link of the table, ordered by incarnation."""

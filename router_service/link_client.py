@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Self
 
 from cluster.core.errors import InvalidRequest, MoeError, ReplicaUnavailable
-from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Warm, Welcome
+from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Cool, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Warm, Welcome
 from cluster.core.link_handshake import RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import printable
@@ -110,7 +110,7 @@ class LinkClient:
         """Bytes this link brought."""
         return self._stream.bytes_received if self._stream is not None else 0
 
-    def send(self, frame: Forward | Cancel | Warm, buffers: Buffers = ()) -> None:
+    def send(self, frame: Forward | Cancel | Warm | Cool, buffers: Buffers = ()) -> None:
         """Send a frame; on a closed link nothing happens, `on_lost` has said it. The buffers must keep their content until the Result."""
         if self._stream is not None:
             self._stream.send(frame, buffers)

@@ -5,8 +5,8 @@ Pure data about bytes: the tensors themselves are handled by `actors.frame_forwa
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from actors.core.slots import Holding
 from cluster.core.descriptors import DType, ExpertDescriptor
@@ -118,6 +118,17 @@ def plan_frame(
             pieces.setdefault((segment.dtype, segment.dim), []).append(piece)
     groups = tuple(Group(dtype, dim, tuple(found)) for (dtype, dim), found in pieces.items())
     return FramePlan(frame, groups, answered, expired)
+
+
+def apart(plan: FramePlan, positions: Collection[int]) -> tuple[FramePlan, dict[int, FramePlan]]:
+    """A plan without the segments of these positions, and a plan for each of those that has something to compute."""
+    others: list[Group] = []
+    alone: dict[int, FramePlan] = {}
+    for group in plan.groups:
+        rest = tuple(piece for piece in group.pieces if piece.position not in positions)
+        others += [replace(group, pieces=rest)] if rest else []
+        alone.update({piece.position: replace(plan, groups=(replace(group, pieces=(piece,)),)) for piece in group.pieces if piece.position in positions})
+    return replace(plan, groups=tuple(others)), alone
 
 
 def answer(plan: FramePlan, outcomes: Mapping[int, Outcome], incarnation: Incarnation, *, queue_s: float, compute_s: float) -> tuple[Result, Buffers]:

@@ -11,6 +11,7 @@ A lease is one segment under way: a copy is let go only when its last lease has 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,10 +24,11 @@ from cluster.core.status import SlotReport, SlotState
 
 @dataclass(frozen=True, slots=True)
 class SizedCopy:
-    """A copy and the bytes of the device's memory that it will take."""
+    """A copy and the bytes of the device's memory that it will take; `expanded_bytes`: what a shadow takes more while it is expanded."""
 
     copy: CopyId
     num_bytes: int
+    expanded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +142,18 @@ class _Slot:
     is_released: bool = False
     leases: int = 0
     reason: str = ""
+    expanded_bytes: int = 0
 
 
 class SlotTable:
     """The slots of one actor. Not thread-safe: one owner mutates it, under its lock."""
 
-    def __init__(self, *, num_slots: int, capacity_bytes: int) -> None:
+    def __init__(self, *, num_slots: int, capacity_bytes: int, num_reserved: int = 0) -> None:
+        """Of the capacity, room is set aside for `num_reserved` expansions of the shadows in slots, the largest ones."""
         self.num_slots = num_slots
         self.capacity_bytes = capacity_bytes
         self.max_epoch = 0
+        self._num_reserved = num_reserved
         self._slots: dict[CopyId, _Slot] = {}
         self._next_ticket = 1
 
@@ -156,6 +161,15 @@ class SlotTable:
     def used_bytes(self) -> int:
         """Bytes of every copy that is held or on its way."""
         return sum(slot.num_bytes for slot in self._slots.values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the capacity that no slot may take: shadows in slots may be expanded there."""
+        return self.largest_expanded_bytes(self._num_reserved)
+
+    def largest_expanded_bytes(self, count: int) -> int:
+        """Bytes that so many of the shadows in slots take at most when they are expanded."""
+        return sum(heapq.nlargest(count, (slot.expanded_bytes for slot in self._slots.values())))
 
     @property
     def is_loading(self) -> bool:
@@ -212,12 +226,12 @@ class SlotTable:
         self.max_epoch = epoch
 
     def _assume(self, wanted: tuple[SizedCopy, ...]) -> Iterable[Instruction]:
-        needs_bytes = {item.copy: item.num_bytes for item in wanted if self._needs_load(item.copy)}
-        self._check_room(needs_bytes)
+        needed = {item.copy: item for item in wanted if self._needs_load(item.copy)}
+        self._check_room(needed)
         instructions: list[Instruction] = []
         for copy in dict.fromkeys(item.copy for item in wanted):
-            if copy in needs_bytes:
-                instructions.append(self._begin_load(copy, needs_bytes[copy]))
+            if copy in needed:
+                instructions.append(self._begin_load(needed[copy]))
             elif (slot := self._slots[copy]).state is SlotState.DRAINING:
                 slot.state, slot.is_released = SlotState.READY, False
         return instructions
@@ -226,8 +240,8 @@ class SlotTable:
         slot = self._slots.get(copy)
         return slot is None or not (slot.is_loaded or slot.state is SlotState.LOADING)
 
-    def _check_room(self, needs_bytes: dict[CopyId, int]) -> None:
-        new_slots = sum(1 for copy in needs_bytes if copy not in self._slots)
+    def _check_room(self, needed: dict[CopyId, SizedCopy]) -> None:
+        new_slots = sum(1 for copy in needed if copy not in self._slots)
         free_slots = self.num_slots - len(self._slots)
         if new_slots > free_slots:
             message = (
@@ -235,19 +249,22 @@ class SlotTable:
                 "release copies, or raise actors.slots_per_actor or actors.free_slots"
             )
             raise SlotsExhausted(message)
-        wanted_bytes = sum(needs_bytes.values())
-        free_bytes = self.capacity_bytes - self.used_bytes
+        wanted_bytes = sum(item.num_bytes for item in needed.values())
+        expanded = [*(item.expanded_bytes for item in needed.values()), *(slot.expanded_bytes for slot in self._slots.values())]
+        reserved_bytes = sum(heapq.nlargest(self._num_reserved, expanded))
+        free_bytes = max(0, self.capacity_bytes - self.used_bytes - reserved_bytes)
         if wanted_bytes > free_bytes:
+            aside = f", {reserved_bytes} set aside for expanded shadows" if reserved_bytes else ""
             message = (
-                f"assume needs {wanted_bytes} bytes and {free_bytes} of {self.capacity_bytes} are free; "
+                f"assume needs {wanted_bytes} bytes and {free_bytes} of {self.capacity_bytes} are free{aside}; "
                 "release copies, add actors, or raise actors.memory_bytes"
             )
             raise SlotsExhausted(message)
 
-    def _begin_load(self, copy: CopyId, num_bytes: int) -> LoadCopy:
+    def _begin_load(self, item: SizedCopy) -> LoadCopy:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        self._slots[copy] = _Slot(copy, SlotState.LOADING, num_bytes, ticket)
-        return LoadCopy(ticket, copy)
+        self._slots[item.copy] = _Slot(item.copy, SlotState.LOADING, item.num_bytes, ticket, expanded_bytes=item.expanded_bytes)
+        return LoadCopy(ticket, item.copy)
 
     def _drain(self, copies: tuple[CopyId, ...]) -> Iterable[Instruction]:
         for copy in copies:
@@ -255,7 +272,7 @@ class SlotTable:
             if slot is None or slot.state is SlotState.FAILED:
                 continue
             if slot.state is SlotState.LOADING:
-                slot.num_bytes = 0
+                slot.num_bytes = slot.expanded_bytes = 0
                 yield CancelLoad(slot.ticket)
             slot.state = SlotState.DRAINING
 
@@ -280,7 +297,7 @@ class SlotTable:
         slot = self._awaited(event.copy, event.ticket)
         if slot is None:
             return ()
-        free_bytes = self.capacity_bytes - self.used_bytes + slot.num_bytes
+        free_bytes = self.capacity_bytes - self.reserved_bytes - self.used_bytes + slot.num_bytes
         if event.num_bytes > free_bytes:
             reason = f"SLOTS_EXHAUSTED: the loaded copy takes {event.num_bytes} bytes and {free_bytes} of {self.capacity_bytes} are free"
             return self._failed(CopyFailed(event.ticket, event.copy, reason))
@@ -290,7 +307,7 @@ class SlotTable:
     def _failed(self, event: CopyFailed) -> tuple[Instruction, ...]:
         slot = self._awaited(event.copy, event.ticket)
         if slot is not None:
-            slot.state, slot.num_bytes, slot.reason = SlotState.FAILED, 0, event.reason
+            slot.state, slot.num_bytes, slot.expanded_bytes, slot.reason = SlotState.FAILED, 0, 0, event.reason
         return ()
 
     def _corrupted(self, event: CopyCorrupted) -> Iterable[Instruction]:
@@ -302,7 +319,7 @@ class SlotTable:
             yield from self._unload(slot)
 
     def _unload(self, slot: _Slot) -> Iterable[Instruction]:
-        slot.is_loaded, slot.num_bytes = False, 0
+        slot.is_loaded, slot.num_bytes, slot.expanded_bytes = False, 0, 0
         yield DropWeights(slot.copy)
 
     def _awaited(self, copy: CopyId, ticket: int) -> _Slot | None:
@@ -325,7 +342,7 @@ class SlotTable:
         """Check what must hold between any two events; raises InvariantBroken. Called by tests after every event."""
         checks = {
             "slots in use <= num_slots": len(self._slots) <= self.num_slots,
-            "used_bytes <= capacity_bytes": self.used_bytes <= self.capacity_bytes,
+            "used_bytes + reserved_bytes <= capacity_bytes": self.used_bytes + self.reserved_bytes <= self.capacity_bytes,
             "leases are of loaded copies": all(slot.is_loaded or slot.leases == 0 for slot in self._slots.values()),
             "released copies wait for a lease only": all(slot.leases > 0 for slot in self._slots.values() if slot.is_released),
             "ready copies are loaded": all(slot.is_loaded for slot in self._slots.values() if slot.state is SlotState.READY),

@@ -40,7 +40,7 @@ def view(facts: StatusFacts) -> RenderableType:
     if facts.table:
         parts.append(_experts(facts))
     if facts.control:
-        parts += [_nodes(facts.control), *_quarantined(facts.control), *_decisions(facts.control)]
+        parts += [_nodes(facts.control), *_shadows(facts.control), *_quarantined(facts.control), *_decisions(facts.control)]
     elif facts.router:
         parts.append(_links(facts.router))
     return Group(*parts)
@@ -164,6 +164,24 @@ def _hot(control: dict[str, Any]) -> dict[tuple[str, int, int], str]:
     return notes
 
 
+def _shadows(control: dict[str, Any]) -> Iterator[Text]:
+    """What shadows take, packed by model and expanded by all actors, each beside its limit."""
+    for entry in control.get("shadows", ()):
+        whole = entry["experts_bytes"] or 1
+        packed, limit = (f"{_mebibytes(entry[key])} ({100 * entry[key] / whole:.1f} %)" for key in ("packed_bytes", "packed_max_bytes"))
+        yield Text(f"  shadows of {entry['model']}: {packed} packed, at most {limit} of the experts' {_mebibytes(whole)}")
+    actors = control["actors"] if control.get("shadows") else ()
+    if limit_bytes := sum(actor["expanded_max_bytes"] for actor in actors):
+        line = f"  shadows expanded: {_mebibytes(sum(actor['expanded_bytes'] for actor in actors))}, at most {_mebibytes(limit_bytes)}"
+        if num_unexpanded := sum(actor["num_unexpanded"] for actor in actors):
+            line += f"; {num_unexpanded} times there was no room for one (shadow.expanded_max), and its rows waited for its unpacking"
+        yield Text(line)
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.1f} MiB"
+
+
 def _quarantined(control: dict[str, Any]) -> Iterator[Text]:
     names = {node["node_id"]: node["name"] for node in control.get("nodes", ())}
     for entry in control.get("quarantined", ()):
@@ -183,8 +201,8 @@ def _nodes(control: dict[str, Any]) -> Table:
         actors = by_node[node["node_id"]]
         state = Text("alive") if node["alive"] else Text(f"DEAD since {_duration(node['since_s'])}" if node["since_s"] else "DEAD", style="red")
         used, num_slots = sum(len(actor["slots"]) for actor in actors), sum(actor["num_slots"] for actor in actors)
-        memory = sum(actor["used_bytes"] for actor in actors) / (1 << 20)
-        rows.add_row(node["name"], state, f"{node['num_gpus']:g}", f"{used}/{num_slots}", f"{memory:,.1f} MiB", _actors(actors))
+        memory = _mebibytes(sum(actor["used_bytes"] for actor in actors))
+        rows.add_row(node["name"], state, f"{node['num_gpus']:g}", f"{used}/{num_slots}", memory, _actors(actors))
     return rows
 
 

@@ -44,6 +44,7 @@ class ExpertActorConfig(_Config):
     store_dir: Path
     drain_timeout_s: float = 10.0
     expanded_max: int = 8
+    expanded_idle_s: float = 10.0
     abft_fraction: float = 0.0625
     redigest_s: float = 300.0
     chaos_allowed: bool = False

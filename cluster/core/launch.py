@@ -30,6 +30,7 @@ class Launch:
 def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, num_slots: int) -> ExpertActorConfig:
     """The config of one life of an expert actor."""
     actors = spec.actors
+    shadows = [model.shadow for model in spec.models if model.shadow is not None] or [ShadowSpec()]
     return ExpertActorConfig(
         deployment=spec.name,
         actor_id=incarnation.actor_id,
@@ -46,7 +47,8 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         link_host=spec.link.host,
         store_dir=launch.store_dir,
         drain_timeout_s=actors.drain_timeout_s,
-        expanded_max=max((model.shadow.expanded_max for model in spec.models if model.shadow is not None), default=ShadowSpec().expanded_max),
+        expanded_max=max(shadow.expanded_max for shadow in shadows),
+        expanded_idle_s=max(shadow.expanded_idle_s for shadow in shadows),
         abft_fraction=spec.abft.fraction,
         redigest_s=spec.abft.redigest_s,
         chaos_allowed=spec.chaos == "allowed",

@@ -23,6 +23,7 @@ from cluster.core.link_frames import (
     MAX_TRACEPARENTS,
     Cancel,
     Challenge,
+    Cool,
     Fault,
     FaultReply,
     Forward,
@@ -51,7 +52,7 @@ MAX_HANDSHAKE_BYTES = 4096
 MAX_ITEMS = 4096
 
 _KINDS: dict[int, type[Frame]] = {
-    kind.KIND: kind for kind in (Challenge, Proof, Welcome, Refusal, Forward, Result, Ping, Pong, Cancel, Goodbye, Warm, Fault, FaultReply)
+    kind.KIND: kind for kind in (Challenge, Proof, Welcome, Refusal, Forward, Result, Ping, Pong, Cancel, Goodbye, Warm, Cool, Fault, FaultReply)
 }
 _HANDSHAKE_KINDS = frozenset({Challenge.KIND, Proof.KIND, Welcome.KIND, Refusal.KIND})
 # Looked up by value: an enum's own call is Python, and takes longer than all other checks of a segment.

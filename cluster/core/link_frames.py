@@ -223,6 +223,17 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
+class Cool:
+    """Router to actor: the replica of this shadow is back, the shadow need not stay expanded for this router. Only a hint: no reply."""
+
+    KIND: ClassVar[int] = 25
+    model: str
+    layer: int
+    index: int
+    version: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """Chaos to actor: behave badly in this way until told otherwise. `settings` is JSON. Refused unless the spec allows chaos and the token is right."""
 
@@ -241,7 +252,7 @@ class FaultReply:
     message: str
 
 
-Frame = Challenge | Proof | Welcome | Refusal | Forward | Result | Ping | Pong | Cancel | Goodbye | Warm | Fault | FaultReply
+Frame = Challenge | Proof | Welcome | Refusal | Forward | Result | Ping | Pong | Cancel | Goodbye | Warm | Cool | Fault | FaultReply
 
 
 def derive_link_key(secret: bytes, incarnation: Incarnation) -> bytes:

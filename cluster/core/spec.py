@@ -30,7 +30,10 @@ class ShadowSpec(_Section):
         max_length=7,
         description="how they may be packed; which expert gets which follows from the measured damage; those beyond int8 lie in a calibrated ladder file",
     )
-    expanded_max: PositiveInt = Field(8, description="shadows that an actor keeps expanded to full size at once, beside those under way")
+    expanded_max: PositiveInt = Field(8, description="shadows that an actor keeps expanded to full size at once; rows for others wait for their unpacking")
+    expanded_idle_s: PositiveFloat = Field(
+        10.0, description="an expanded shadow makes no room for others until its replica is back, or nobody has asked for it for so long"
+    )
 
 
 Rung = Literal["shadow", "fewer_experts", "generalist", "dense"]

@@ -41,7 +41,8 @@ class SlotReport:
 class ActorReport:
     """What an expert actor says of itself. `max_epoch` is the highest epoch of a command it has seen; older commands are refused.
 
-    `expanded_bytes`: shadows expanded for use, beside `used_bytes`, which counts them packed.
+    `expanded_bytes`: shadows expanded for use, beside `used_bytes`, which counts them packed; at most `expanded_max_bytes`. `num_unexpanded`: how many
+    times rows were answered by a shadow for which there was no room.
     """
 
     incarnation: Incarnation
@@ -61,6 +62,8 @@ class ActorReport:
     frames_done: int = 0
     oldest_age_s: float = 0.0
     expanded_bytes: int = 0
+    expanded_max_bytes: int = 0
+    num_unexpanded: int = 0
 
     @property
     def num_free_slots(self) -> int:
@@ -148,7 +151,7 @@ class FleetObservation:
 
 def _without_activity(actor: ActorObservation) -> ActorObservation:
     report = actor.report
-    return replace(actor, silent_s=0.0, report=None if report is None else replace(report, frames_done=0, oldest_age_s=0.0, expanded_bytes=0))
+    return replace(actor, silent_s=0.0, report=None if report is None else replace(report, frames_done=0, oldest_age_s=0.0, expanded_bytes=0, num_unexpanded=0))
 
 
 @dataclass(frozen=True, slots=True)

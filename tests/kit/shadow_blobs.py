@@ -41,16 +41,21 @@ class ShadowBlobs(RandomBlobs):
         return packed_bytes(self.descriptor, INT4)
 
     def sized(self, *copies: CopyId) -> list[SizedCopy]:
-        return [SizedCopy(copy, self.packed_bytes if copy.role is Role.SHADOW else self.descriptor.num_bytes) for copy in copies]
+        return [self._sized(copy) for copy in copies]
+
+    def _sized(self, copy: CopyId) -> SizedCopy:
+        full_bytes = self.descriptor.num_bytes
+        return SizedCopy(copy, self.packed_bytes, full_bytes) if copy.role is Role.SHADOW else SizedCopy(copy, full_bytes)
 
 
 @dataclass
 class Expansions:
-    """`load_weights`, with a gate and a trap for expansions in the workspace's thread, and a record of them."""
+    """`load_weights`, with a gate and a trap for expansions in the workspace's thread, and a record of them; `alone`: those for one frame."""
 
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     done: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
 
     def __call__(self, blob: Any, device: torch.device) -> ExpertWeights:
@@ -60,4 +65,8 @@ class Expansions:
             if blob.digest in self.broken:
                 raise torch.OutOfMemoryError
             self.done.append(blob.digest)
+        elif threading.current_thread().name == "compute":
+            self.alone.append(blob.digest)
+            if blob.digest in self.broken:
+                raise torch.OutOfMemoryError
         return load_weights(blob, device)

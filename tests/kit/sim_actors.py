@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.core.errors import MoeError, ReplicaUnavailable
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
-from cluster.core.link_frames import Cancel, Forward, FrameStatus, Pong, Result, Segment, SegmentResult, SegmentStatus, Warm, Welcome
+from cluster.core.link_frames import Cancel, Cool, Forward, FrameStatus, Pong, Result, Segment, SegmentResult, SegmentStatus, Warm, Welcome
 from cluster.core.status import SlotState
 from kit.fleet import FakeFleet
 from router_service.link_client import LinkPhase
@@ -227,7 +227,7 @@ class SimLink:
         self.opened_s = actor.loop.time()
         actor.links.append(self)
 
-    def send(self, frame: Forward | Cancel | Warm, buffers: Iterable[memoryview] = ()) -> None:
+    def send(self, frame: Forward | Cancel | Warm | Cool, buffers: Iterable[memoryview] = ()) -> None:
         if self.phase is LinkPhase.CLOSED:
             return
         world, actor = self.actor.world, self.actor

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.compute_thread import FrameRunner
 from actors.core.abft import WRONG_PRODUCT, WRONG_WEIGHTS, block_sums, fault_of
 from actors.expert_layouts import ExpertWeights, expert_forward, grouped_forward, load_weights
 from actors.frame_audit import Audit, FrameSampler
+from actors.frame_forward import FrameRunner
 from actors.product_watch import watching
 from cluster.core.descriptors import DType, ExpertDescriptor
 from cluster.core.link_frames import SegmentStatus

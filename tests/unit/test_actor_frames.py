@@ -185,6 +185,9 @@ def test_capacity_of_a_gpu_is_its_share_less_the_workspace_of_a_frame_and_never_
     assert capacity_bytes(gpu, limit_bytes=None, num_gpus=0.5, max_tokens_per_frame=4096) == 40 * gib - workspace
     assert capacity_bytes(gpu, limit_bytes=None, num_gpus=1.0, max_tokens_per_frame=4096) == 70 * gib - workspace
     assert capacity_bytes(gpu, limit_bytes=100 * gib, num_gpus=0.0, max_tokens_per_frame=4096) == 70 * gib - workspace
+    checked = capacity_bytes(gpu, limit_bytes=None, num_gpus=1.0, max_tokens_per_frame=4096, has_checksums=True)
+    assert checked * (1 + 1 / 32) <= 70 * gib - workspace
+    assert capacity_bytes(gpu, limit_bytes=gib, num_gpus=1.0, max_tokens_per_frame=4096, has_checksums=True) == gib
     assert capacity_bytes(gpu, limit_bytes=gib, num_gpus=0.5, max_tokens_per_frame=4096) == gib
     assert capacity_bytes(gpu, limit_bytes=None, num_gpus=0.5, max_tokens_per_frame=1 << 30) == 0
 

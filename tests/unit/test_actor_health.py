@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from cluster.core.errors import ReplicaUnavailable
 from cluster.core.ids import ExpertId, Role
+from cluster.core.link_frames import Cool, Warm
 from cluster.core.routing_table import RoutingTable, TableCopy, TableModel
 from kit.link import SECRET, VERSION, FakeActor, random_rows, request, running_actor, until
 from kit.pipelines import NAME, E, K, T, call, served
@@ -37,6 +39,7 @@ class Router:
     health: ActorHealth
     trust: Trust
     pipeline: Pipeline
+    table: RoutingTable
     actors: list[FakeActor]
 
 
@@ -64,7 +67,7 @@ async def router(num_actors: int, *, hedge_s: float = NEVER_S, budget_rows: floa
         health.on_pulse = pipeline.dispatcher.pulse
         health.start()
         try:
-            yield Router(lanes, health, trust, pipeline, actors)
+            yield Router(lanes, health, trust, pipeline, table, actors)
         finally:
             health.close()
             await lanes.close(1.0)
@@ -239,3 +242,36 @@ async def test_an_actor_that_never_answered_its_window_is_tried_on_a_fresh_link(
         await until(lambda: not stuck.compute._queue.qsize())
         assert (await made.pipeline.run(call(1))).report.exact == T * K
         await until(lambda: made.health.state(name) is State.HEALTHY)
+
+
+async def test_a_shadow_that_stands_in_is_let_go_when_its_replica_is_trusted_again_or_has_a_new_place() -> None:
+    async with router(2) as made:
+        hints: list[Warm | Cool] = []
+        made.actors[1].server.hint = hints.append
+
+        def kinds() -> Counter[type]:
+            return Counter(type(hint) for hint in hints)
+
+        stuck, all_shadows = made.actors[0], 2 * E
+        table = made.table
+        made.health.adopt(table)
+        stuck.compute.gate.clear()
+        await made.pipeline.run(call())
+        await until(lambda: kinds()[Warm] >= all_shadows)
+        assert kinds()[Cool] == 0
+        made.health.adopt(table)  # its replica is in the table still, and is not trusted
+        stuck.compute.gate.set()
+        await until(lambda: made.health.state(str(stuck.endpoint.incarnation)) is State.ON_TRIAL)
+        assert kinds()[Cool] == 0
+        while made.health.state(str(stuck.endpoint.incarnation)) is not State.HEALTHY:
+            await made.pipeline.run(call(1))
+        await until(lambda: kinds()[Cool] == all_shadows)
+        warmed = {(hint.layer, hint.index) for hint in hints if isinstance(hint, Warm)}
+        assert warmed == {(hint.layer, hint.index) for hint in hints if isinstance(hint, Cool)}
+
+        hints.clear()
+        without = {expert: tuple(copy for copy in copies if copy.role is Role.SHADOW) for expert, copies in table.copies.items()}
+        made.health.adopt(replace(table, epoch=2, copies=without))
+        made.health.adopt(table)
+        made.health.adopt(table)
+        await until(lambda: kinds() == {Cool: all_shadows})

@@ -112,27 +112,6 @@ def test_a_frame_without_shadows_does_not_wait_for_an_expansion(bench: Bench, ex
     assert_answered(bench, ask(S))
 
 
-def test_the_least_recently_used_shadow_goes_when_the_workspace_is_full(bench: Bench, expansions: Expansions) -> None:
-    bench.hold_copies(S, T, U)
-    for copy in (S, T, S, U, S, T):
-        bench.submit(ask(copy))
-        assert_answered(bench, ask(copy))
-        assert bench.runtime.expanded_bytes <= EXPANDED_MAX * bench.blobs.descriptor.num_bytes
-    assert expansions.done == [S.version, T.version, U.version, T.version]
-
-
-def test_one_frame_may_need_more_than_the_bound_which_holds_again_after_it(bench: Bench) -> None:
-    bench.hold_copies(S, T, U, A)
-    asks = [ask(copy) for copy in (S, T, A, U, S)]
-    bench.forward.hold()
-    bench.submit(*asks)
-    bench.forward.wait_until_entered()
-    assert bench.runtime.expanded_bytes == 3 * bench.blobs.descriptor.num_bytes
-    bench.forward.gate.set()
-    assert_answered(bench, *asks)
-    assert bench.runtime.expanded_bytes == EXPANDED_MAX * bench.blobs.descriptor.num_bytes
-
-
 def test_a_shadow_that_cannot_be_expanded_is_not_held_and_its_neighbours_are_answered(bench: Bench, expansions: Expansions) -> None:
     bench.hold_copies(A, S, T)
     expansions.broken.add(S.version)

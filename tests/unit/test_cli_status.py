@@ -109,6 +109,21 @@ def test_a_lost_expert_a_copy_on_its_way_and_a_dead_node_are_shown() -> None:
     assert text.index("assume 0/8") < text.index("assume 0/9")
 
 
+def test_what_shadows_take_is_shown_packed_and_expanded_beside_its_limits() -> None:
+    assert "shadows" not in shown(facts())
+    told = control.GetClusterStatusResponse()
+    told.CopyFrom(CONTROL)
+    told.shadows.add(model="tiny", packed_bytes=12 << 20, packed_max_bytes=15 << 20, experts_bytes=100 << 20)
+    told.actors[0].expanded_max_bytes = 4 << 20
+    told.actors.add(actor_id="actor-1", state="ready", node_id="n2", expanded_bytes=1 << 20, expanded_max_bytes=4 << 20)
+    text = shown(facts(control=plain(told)))
+    assert "shadows of tiny: 12.0 MiB (12.0 %) packed, at most 15.0 MiB (15.0 %) of the experts' 100.0 MiB" in text
+    assert "shadows expanded: 1.0 MiB, at most 8.0 MiB" in text
+    assert "no room" not in text
+    told.actors[1].num_unexpanded = 7
+    assert "; 7 times there was no room for one (shadow.expanded_max)" in shown(facts(control=plain(told)))
+
+
 def test_without_the_controller_the_router_s_view_stands_and_says_so() -> None:
     text = shown(facts(control={}, control_source=Source("c:1", problem="no answer within 1 s")))
     assert "controller: c:1: no answer within 1 s; the router keeps serving on the table it has" in text

@@ -246,12 +246,17 @@ async def test_status_shows_shadows_in_their_slots_and_what_is_expanded(rig: Con
     rig.fleet.kill_actor(rig.incarnation("actor-3"))
     await rig.step()
     message = status_message(rig.controller)
-    roles = [slot.role for actor in message.actors for slot in actor.slots]
+    slots = [slot for actor in message.actors for slot in actor.slots]
+    roles = [slot.role for slot in slots]
     assert roles.count(Role.SHADOW) == roles.count(Role.REPLICA) == 6
     assert {actor.expanded_bytes for actor in message.actors if actor.slots} == {4096}
+    assert {(actor.expanded_max_bytes, actor.num_unexpanded) for actor in message.actors if actor.slots} == {(8192, 3)}
+    (shadows,) = message.shadows
+    assert (shadows.model, shadows.packed_bytes) == (message.models[0].name, sum(slot.bytes for slot in slots if slot.role == Role.SHADOW))
+    assert 0 < shadows.packed_max_bytes == int(0.15 * shadows.experts_bytes)
     assert message.models[0].num_missing == 0
     assert "2 experts are answering from shadow" in message.message
 
 
 def _expanding(seen: ActorObservation) -> ActorObservation:
-    return seen if seen.report is None else replace(seen, report=replace(seen.report, expanded_bytes=4096))
+    return seen if seen.report is None else replace(seen, report=replace(seen.report, expanded_bytes=4096, expanded_max_bytes=8192, num_unexpanded=3))

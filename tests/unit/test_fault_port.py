@@ -312,5 +312,5 @@ def test_an_actor_without_chaos_has_nothing_between_its_thread_and_its_forward()
     from actors.frame_forward import FrameForward
 
     for bench in started(RandomBlobs()):
-        assert type(bench.runtime._compute._forward) is FrameForward
+        assert type(bench.runtime._compute._forward._runner) is FrameForward
         assert isinstance(bench.replies, Replies)

@@ -55,7 +55,7 @@ async def test_rows_that_arrive_while_the_actor_is_busy_merge_into_the_next_fram
 async def test_a_hint_reaches_who_holds_the_shadow_and_nobody_else() -> None:
     async with running_actor() as actor, running_lanes(actor.endpoint) as lanes:
         hints: list[Warm] = []
-        actor.server.warm = hints.append
+        actor.server.hint = hints.append
         shadow = TableCopy(actor.endpoint.incarnation, "ab" * 32, Role.SHADOW)
         lanes.warm(ExpertId("m", 1, 2), shadow._replace(incarnation=Incarnation("nobody", 1)))
         lanes.warm(ExpertId("m", 1, 2), shadow)

@@ -14,7 +14,7 @@ from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.errors import MoeError
 from cluster.core.ids import Incarnation
 from cluster.core.launch import Launch, actor_config
-from cluster.core.link_frames import NONCE_BYTES, Challenge, Fault, FaultReply, Frame, Ping, Pong, Warm, Welcome, derive_fault_token, derive_link_key
+from cluster.core.link_frames import NONCE_BYTES, Challenge, Cool, Fault, FaultReply, Frame, Ping, Pong, Warm, Welcome, derive_fault_token, derive_link_key
 from cluster.core.link_handshake import RouterSide
 from cluster.core.spec import ClusterSpec
 from cluster.link_transport import FrameStream
@@ -113,15 +113,16 @@ async def test_a_port_that_raises_still_answers() -> None:
 
 @pytest.mark.parametrize("is_heard", [True, False])
 async def test_hints_reach_the_runtime_or_nobody_and_are_not_answered(is_heard: bool) -> None:
-    hints: list[Warm] = []
+    hints: list[Warm | Cool] = []
     async with running_actor() as actor:
-        actor.server.warm = hints.append if is_heard else None
+        actor.server.hint = hints.append if is_heard else None
         peer = await connected(actor)
-        hint = Warm("tiny", 0, 1, b"\x01" * 32)
-        peer.send(hint)
+        sent = [kind("tiny", 0, 1, b"\x01" * 32) for kind in (Warm, Cool)]
+        for hint in sent:
+            peer.send(hint)
         peer.send(Ping(1))
         assert isinstance(await peer.next(), Pong)
-        assert hints == ([hint] if is_heard else [])
+        assert hints == (sent if is_heard else [])
         peer.close()
 
 

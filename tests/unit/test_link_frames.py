@@ -16,6 +16,7 @@ from cluster.core.link_codec import MAGIC, MAX_HANDSHAKE_BYTES, MAX_HEADER_BYTES
 from cluster.core.link_frames import (
     Cancel,
     Challenge,
+    Cool,
     Forward,
     Frame,
     FrameStatus,
@@ -29,6 +30,7 @@ from cluster.core.link_frames import (
     Segment,
     SegmentResult,
     SegmentStatus,
+    Warm,
     Welcome,
     derive_link_key,
 )
@@ -70,6 +72,8 @@ def frames() -> st.SearchStrategy[Frame]:
         st.builds(Pong, COUNTS, COUNTS, COUNTS, SECONDS, COUNTS, st.booleans()),
         st.builds(Cancel, COUNTS, st.lists(COUNTS, max_size=5).map(tuple)),
         st.builds(Goodbye, TEXT),
+        st.builds(Warm, TEXT, COUNTS, COUNTS, st.binary(max_size=40)),
+        st.builds(Cool, TEXT, COUNTS, COUNTS, st.binary(max_size=40)),
     )
 
 
@@ -106,7 +110,7 @@ def test_mutated_bytes_end_in_a_typed_error_or_a_frame(frame: Frame, rng: random
 
 
 @settings(max_examples=600)
-@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23]), st.binary(max_size=400), st.integers(0, 2**40))
+@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23, 24, 25]), st.binary(max_size=400), st.integers(0, 2**40))
 def test_random_headers_end_in_a_typed_error_or_a_frame(kind: int, header: bytes, body_bytes: int) -> None:
     try:
         decode(Prefix(kind, len(header), body_bytes), header)
@@ -122,7 +126,7 @@ nested = st.recursive(
 
 
 @settings(max_examples=600)
-@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23]), nested, st.integers(0, 1000))
+@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23, 24, 25]), nested, st.integers(0, 1000))
 def test_wellformed_msgpack_of_any_shape_ends_in_a_typed_error_or_a_frame(kind: int, values: Any, body_bytes: int) -> None:
     header = msgpack.packb(values, use_bin_type=True)
     try:

@@ -202,7 +202,19 @@ def test_the_layout_that_a_header_must_have_is_known_before_any_byte_is_read() -
     }
 
 
-@pytest.mark.parametrize("wrong", [{"memory_fraction": 0.0}, {"codecs": []}, {"codecs": ["int5"]}, {"cover": "some"}, {"expanded_max": 0}, {"budget": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"memory_fraction": 0.0}, {"codecs": []}, {"codecs": ["int5"]}, {"cover": "some"}, {"expanded_max": 0}, {"expanded_idle_s": 0}, {"budget": 1}]
+)
 def test_a_shadow_section_that_cannot_be_meant_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ModelSpec.model_validate({"name": "m", "path": "p", "shadow": wrong})
+
+
+def test_what_a_shadow_takes_expanded_is_known_before_it_is_read(store: ExpertStore, source: Path) -> None:
+    manifest = store.import_model(source, name="m", shadow=ShadowSpec())
+    record, full_bytes = manifest.shadows["1/2"], manifest.model.layers[0].expert.num_bytes
+    assert store.expert_bytes(record.version) == store.expert_bytes(manifest.experts["1/2"]) == full_bytes > store.num_bytes(record.version)
+    assert store.expert_bytes(manifest.gates["0"]) == 0
+    poke(path_of(store, record.version), 0)
+    with pytest.raises(CheckpointError, match="not a moelastic blob"):
+        store.expert_bytes(record.version)

@@ -250,3 +250,25 @@ def test_no_sequence_of_events_breaks_the_table_or_leases_what_is_not_there(scri
     assert oracle.table.reports() == ()
     assert oracle.weights == set()
     assert oracle.table.used_bytes == 0
+
+
+def test_room_is_set_aside_for_the_largest_expansions_of_what_is_held_or_on_its_way_and_for_nothing_else() -> None:
+    table = SlotTable(num_slots=8, capacity_bytes=100, num_reserved=2)
+
+    def shadow(name: str, expanded_bytes: int) -> SizedCopy:
+        return SizedCopy(copy_named(name), 5, expanded_bytes)
+
+    loads = table.handle(AssumeReceived(1, (shadow("a", 10), shadow("b", 20), shadow("c", 30))))
+    assert (table.used_bytes, table.reserved_bytes) == (15, 50)
+    with pytest.raises(SlotsExhausted, match="needs 36 bytes and 35 of 100 are free, 50 set aside for expanded shadows"):
+        table.handle(AssumeReceived(1, (SizedCopy(copy_named("d"), 36),)))
+    with pytest.raises(SlotsExhausted, match="needs 5 bytes and 0 of 100 are free, 100 set aside"):
+        table.handle(AssumeReceived(1, (shadow("e", 70),)))
+    table.handle(CopyLoaded(1, copy_named("a"), 5))
+    table.handle(CopyFailed(2, copy_named("b"), "broken"))
+    table.handle(DrainReceived(1, (copy_named("c"),)))
+    assert isinstance(loads[2], LoadCopy)
+    assert (table.reserved_bytes, table.largest_expanded_bytes(1)) == (10, 10)
+    table.validate()
+    table.handle(ReleaseReceived(1, (copy_named("a"),)))
+    assert table.reserved_bytes == 0

@@ -223,7 +223,7 @@ class SlotStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., version: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class ActorStatus(_message.Message):
-    __slots__ = ("actor_id", "generation", "state", "node_id", "address", "device", "num_slots", "capacity_bytes", "used_bytes", "slots", "reason", "since_s", "pid", "expanded_bytes", "doubt")
+    __slots__ = ("actor_id", "generation", "state", "node_id", "address", "device", "num_slots", "capacity_bytes", "used_bytes", "slots", "reason", "since_s", "pid", "expanded_bytes", "doubt", "expanded_max_bytes", "num_unexpanded")
     ACTOR_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +239,8 @@ class ActorStatus(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     EXPANDED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DOUBT_FIELD_NUMBER: _ClassVar[int]
+    EXPANDED_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNEXPANDED_FIELD_NUMBER: _ClassVar[int]
     actor_id: str
     generation: int
     state: str
@@ -254,7 +256,21 @@ class ActorStatus(_message.Message):
     pid: int
     expanded_bytes: int
     doubt: str
-    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., num_slots: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., reason: _Optional[str] = ..., since_s: _Optional[float] = ..., pid: _Optional[int] = ..., expanded_bytes: _Optional[int] = ..., doubt: _Optional[str] = ...) -> None: ...
+    expanded_max_bytes: int
+    num_unexpanded: int
+    def __init__(self, actor_id: _Optional[str] = ..., generation: _Optional[int] = ..., state: _Optional[str] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., num_slots: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotStatus, _Mapping]]] = ..., reason: _Optional[str] = ..., since_s: _Optional[float] = ..., pid: _Optional[int] = ..., expanded_bytes: _Optional[int] = ..., doubt: _Optional[str] = ..., expanded_max_bytes: _Optional[int] = ..., num_unexpanded: _Optional[int] = ...) -> None: ...
+
+class ShadowMemory(_message.Message):
+    __slots__ = ("model", "packed_bytes", "packed_max_bytes", "experts_bytes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PACKED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PACKED_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    packed_bytes: int
+    packed_max_bytes: int
+    experts_bytes: int
+    def __init__(self, model: _Optional[str] = ..., packed_bytes: _Optional[int] = ..., packed_max_bytes: _Optional[int] = ..., experts_bytes: _Optional[int] = ...) -> None: ...
 
 class QuarantinedDevice(_message.Message):
     __slots__ = ("device", "reason")
@@ -353,7 +369,7 @@ class ExpertRate(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("name", "state", "epoch", "spec_revision", "controller_generation", "observed_age_s", "models", "actors", "nodes", "routers", "decisions", "num_copies_wanted", "num_copies_ready", "message", "imports", "differences", "rates", "quarantined", "hot")
+    __slots__ = ("name", "state", "epoch", "spec_revision", "controller_generation", "observed_age_s", "models", "actors", "nodes", "routers", "decisions", "num_copies_wanted", "num_copies_ready", "message", "imports", "differences", "rates", "quarantined", "hot", "shadows")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -373,6 +389,7 @@ class GetClusterStatusResponse(_message.Message):
     RATES_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     HOT_FIELD_NUMBER: _ClassVar[int]
+    SHADOWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     epoch: int
@@ -392,4 +409,5 @@ class GetClusterStatusResponse(_message.Message):
     rates: _containers.RepeatedCompositeFieldContainer[ExpertRate]
     quarantined: _containers.RepeatedCompositeFieldContainer[QuarantinedDevice]
     hot: _containers.RepeatedCompositeFieldContainer[HotReplica]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., spec_revision: _Optional[int] = ..., controller_generation: _Optional[int] = ..., observed_age_s: _Optional[float] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DecisionRecord, _Mapping]]] = ..., num_copies_wanted: _Optional[int] = ..., num_copies_ready: _Optional[int] = ..., message: _Optional[str] = ..., imports: _Optional[_Iterable[_Union[ImportProgress, _Mapping]]] = ..., differences: _Optional[_Iterable[str]] = ..., rates: _Optional[_Iterable[_Union[ExpertRate, _Mapping]]] = ..., quarantined: _Optional[_Iterable[_Union[QuarantinedDevice, _Mapping]]] = ..., hot: _Optional[_Iterable[_Union[HotReplica, _Mapping]]] = ...) -> None: ...
+    shadows: _containers.RepeatedCompositeFieldContainer[ShadowMemory]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., epoch: _Optional[int] = ..., spec_revision: _Optional[int] = ..., controller_generation: _Optional[int] = ..., observed_age_s: _Optional[float] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorStatus, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[DecisionRecord, _Mapping]]] = ..., num_copies_wanted: _Optional[int] = ..., num_copies_ready: _Optional[int] = ..., message: _Optional[str] = ..., imports: _Optional[_Iterable[_Union[ImportProgress, _Mapping]]] = ..., differences: _Optional[_Iterable[str]] = ..., rates: _Optional[_Iterable[_Union[ExpertRate, _Mapping]]] = ..., quarantined: _Optional[_Iterable[_Union[QuarantinedDevice, _Mapping]]] = ..., hot: _Optional[_Iterable[_Union[HotReplica, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowMemory, _Mapping]]] = ...) -> None: ...
