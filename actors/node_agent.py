@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -18,25 +18,14 @@ from typing import Literal
 import psutil
 
 from actors.expert_store import ExpertStore
-from actors.gpu_watch import GpuWatch
+from actors.gpu_watch import GpuWatch, device_name
 from cluster.core.descriptors import DType, Manifest
 from cluster.core.errors import CheckpointError, InvalidRequest, MoeError
 from cluster.core.spec import ShadowSpec
-from cluster.core.status import CommandReply
+from cluster.core.status import CommandReply, GpuReading
 
 Progress = Callable[[int, int], None]
 START_TOLERANCE_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class GpuReading:
-    """One GPU as NVML sees it."""
-
-    index: int
-    uuid: str
-    name: str
-    total_bytes: int
-    used_bytes: int
 
 
 class NodeAgent:
@@ -177,9 +166,13 @@ def _nvml(pynvml: ModuleType) -> Iterator[bool]:
 
 
 def _read_gpu(pynvml: ModuleType, index: int) -> GpuReading:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return GpuReading(index, _text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.used))
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        total_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        uuid, name = _text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle))
+    except pynvml.NVMLError as error:  # lost, or about to be: its neighbours are read all the same
+        return GpuReading(index, problem=str(error) or type(error).__name__)
+    return GpuReading(index, device_name(uuid), uuid, name, total_bytes)
 
 
 def _text(value: str | bytes) -> str:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from cluster.controller import Controller, Snapshot
 from cluster.core.ids import Role
 from cluster.core.lifecycle import ActorView
-from cluster.core.status import ActorObservation, ActorReport
+from cluster.core.status import ActorObservation, ActorReport, NodeObservation
 from protos.moelastic.control.v1 import control_pb2 as pb
 
 NUM_DECISIONS = 50
@@ -37,7 +37,8 @@ def status_message(controller: Controller) -> pb.GetClusterStatusResponse:
     for model in memory.published.models.values():
         message.models.add(name=model.name, manifest=model.manifest, num_experts=model.num_experts, num_missing=model.num_missing)
     for node in snapshot.status.nodes:
-        message.nodes.add(node_id=node.node_id, name=node.name, address=node.address, alive=node.alive, num_gpus=node.num_gpus)
+        entry = message.nodes.add(node_id=node.node_id, name=node.name, address=node.address, alive=node.alive, num_gpus=node.num_gpus)
+        _add_gpus(entry, node, memory.quarantined)
     _add_actors(message, snapshot)
     for router in snapshot.status.routers:
         message.routers.add(
@@ -49,14 +50,14 @@ def status_message(controller: Controller) -> pb.GetClusterStatusResponse:
             node_id=router.node_id,
             pid=router.pid,
         )
-    for entry in controller.store.decisions(NUM_DECISIONS):
+    for record in controller.store.decisions(NUM_DECISIONS):
         message.decisions.add(
-            sequence=entry.sequence,
-            unix_time_s=entry.unix_time_s,
-            action=entry.action,
-            target=entry.target,
-            reason=entry.reason,
-            epoch=entry.epoch,
+            sequence=record.sequence,
+            unix_time_s=record.unix_time_s,
+            action=record.action,
+            target=record.target,
+            reason=record.reason,
+            epoch=record.epoch,
         )
     for expert, rate in sorted(snapshot.told.load.tokens_per_s.items()):
         message.rates.add(model=expert.model, layer=expert.layer, index=expert.index, tokens_per_s=rate)
@@ -85,6 +86,22 @@ def _text(snapshot: Snapshot) -> str:
     parts += [f"{name.partition('/')[2]}: {done} of {wanted} blobs on {name.partition('/')[0][:12]}" for name, (done, wanted) in snapshot.imports.items()]
     parts.append(snapshot.decision.message if snapshot.decision is not None else "")
     return "; ".join(part for part in parts if part)
+
+
+def _add_gpus(entry: pb.NodeStatus, node: NodeObservation, quarantined: Mapping[str, str]) -> None:
+    for gpu in node.gpus:
+        last = max((fault for fault in node.gpu_faults if fault.device == gpu.device), key=lambda fault: fault.unix_s, default=None)
+        entry.gpus.add(
+            index=gpu.index,
+            device=gpu.device,
+            uuid=gpu.uuid,
+            name=gpu.name,
+            total_bytes=gpu.total_bytes,
+            problem=gpu.problem,
+            last_xid=last.xid if last is not None else 0,
+            last_xid_unix_s=last.unix_s if last is not None else 0.0,
+            quarantine=quarantined.get(f"{node.node_id}/{gpu.device}", ""),
+        )
 
 
 def _add_actors(message: pb.GetClusterStatusResponse, snapshot: Snapshot) -> None:

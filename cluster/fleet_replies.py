@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.core.errors import CheckpointError, ConfigError, FleetError, MoeError, SlotsExhausted, StaleTable
 from cluster.core.ids import Incarnation
-from cluster.core.status import ActorObservation, ActorState, CommandReply, FleetObservation, GpuFault, NodeObservation, RouterObservation
+from cluster.core.status import ActorObservation, ActorState, CommandReply, FleetObservation, NodeGpus, NodeObservation, RouterObservation
 
 NODE_PREFIX_CHARS = 12
 AGENT_PREFIX = "agent/"
@@ -51,13 +51,13 @@ def observation_of(
     now_s: float,
     nodes: Iterable[NodeObservation],
     seen: Iterable[ActorObservation | RouterObservation],
-    gpu_faults: Mapping[str, tuple[GpuFault, ...]],
+    gpus: Mapping[str, NodeGpus],
 ) -> FleetObservation:
     """One look, of what was seen of each node and process."""
     seen = list(seen)
     return FleetObservation(
         now_s,
-        tuple(replace(node, gpu_faults=gpu_faults[node.node_id]) if node.node_id in gpu_faults else node for node in nodes),
+        tuple(replace(node, gpu_faults=found.faults, gpus=found.readings) if (found := gpus.get(node.node_id)) else node for node in nodes),
         tuple(entry for entry in seen if isinstance(entry, ActorObservation)),
         tuple(entry for entry in seen if isinstance(entry, RouterObservation)),
     )

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, Protocol, TypeVar
 
 from cluster.core.errors import FleetError
-from cluster.core.status import ActorReport, CommandReply, GpuFault, RouterObservation
+from cluster.core.status import ActorReport, CommandReply, GpuFault, GpuReading, NodeGpus, RouterObservation
 
 Result = TypeVar("Result")
 
@@ -20,7 +20,7 @@ PROBE_PAUSE_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 MAX_MISSED = 10
 PROGRESS_TIMEOUT_S = 0.1
-FAULTS_PAUSE_S = 2.0
+GPUS_PAUSE_S = 2.0
 KILL_TIMEOUT_S = 10.0  # also of an agent that has to be started for it
 
 
@@ -48,9 +48,9 @@ class NodeAgents:
         self._host = host
         self._pause_s, self._timeout_s, self._max_missed = pause_s, timeout_s, max_missed
         self._agents: dict[str, Any] = {}
-        self._faults: dict[str, tuple[GpuFault, ...]] = {}
+        self._gpus: dict[str, NodeGpus] = {}
         self._asking: list[asyncio.Future[None]] = []
-        self._faults_asked_s = 0.0
+        self._gpus_asked_s = 0.0
         self._creating = asyncio.Lock()
 
     async def run_import(self, node_id: str, send: Callable[[Any], Awaitable[CommandReply]]) -> CommandReply:
@@ -75,15 +75,15 @@ class NodeAgents:
         answers = await asyncio.gather(*(ask(node_id, agent) for node_id, agent in self._agents.items()))
         return {place: counts for answer in answers for place, counts in answer.items()}
 
-    def gpu_faults(self, alive: Collection[str]) -> dict[str, tuple[GpuFault, ...]]:
+    def gpus(self, alive: Collection[str]) -> dict[str, NodeGpus]:
         """By node, what its driver told of its GPUs, as far as is known; asks for news beside the caller. Agents of other nodes are forgotten."""
         self._agents = {node_id: agent for node_id, agent in self._agents.items() if node_id in alive}
-        self._faults = {node_id: faults for node_id, faults in self._faults.items() if node_id in alive}
+        self._gpus = {node_id: gpus for node_id, gpus in self._gpus.items() if node_id in alive}
         now_s = asyncio.get_running_loop().time()
-        if now_s - self._faults_asked_s >= FAULTS_PAUSE_S and all(task.done() for task in self._asking):
-            self._faults_asked_s = now_s
-            self._asking = [asyncio.ensure_future(self._ask_faults(node_id, agent)) for node_id, agent in self._agents.items()]
-        return {node_id: faults for node_id, faults in self._faults.items() if faults}
+        if now_s - self._gpus_asked_s >= GPUS_PAUSE_S and all(task.done() for task in self._asking):
+            self._gpus_asked_s = now_s
+            self._asking = [asyncio.ensure_future(self._ask_gpus(node_id, agent)) for node_id, agent in self._agents.items()]
+        return dict(self._gpus)
 
     async def kill(self, node_id: str, report: ActorReport | RouterObservation) -> None:
         """SIGKILL the process that sent this report, by (pid, start time); nothing where these are not known."""
@@ -129,8 +129,11 @@ class NodeAgents:
             return None
         return answer
 
-    async def _ask_faults(self, node_id: str, agent: Any) -> None:  # noqa: ANN401 - as above
+    async def _ask_gpus(self, node_id: str, agent: Any) -> None:  # noqa: ANN401 - as above
         with contextlib.suppress(TimeoutError, FleetError):
             async with asyncio.timeout(self._timeout_s):
-                answer: str = await self._host.answer(agent.gpu_faults.remote())
-                self._faults[node_id] = tuple(GpuFault(**entry) for entry in json.loads(answer))
+                faults: str = await self._host.answer(agent.gpu_faults.remote())
+                readings: str = await self._host.answer(agent.gpus.remote())
+                self._gpus[node_id] = NodeGpus(
+                    tuple(GpuReading(**entry) for entry in json.loads(readings)), tuple(GpuFault(**entry) for entry in json.loads(faults))
+                )

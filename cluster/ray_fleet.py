@@ -108,7 +108,7 @@ class RayFleet:
         silent = {str(incarnation) for incarnation in out}
         looks = (self._observe_one(name, alive, 0.0 if name in silent else PATIENCE_S) for name in names)
         seen = [*await asyncio.gather(*looks), *map(failure_of, self._failed, self._failed.values())]
-        return observation_of(asyncio.get_running_loop().time(), found.nodes, seen, self._agents.gpu_faults(alive))
+        return observation_of(asyncio.get_running_loop().time(), found.nodes, seen, self._agents.gpus(alive))
 
     async def import_model(
         self,

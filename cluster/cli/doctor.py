@@ -170,6 +170,7 @@ def _deployment(folder: RunFolder) -> Iterator[Finding]:
     if connection is None:
         return
     from cluster.cli.status_facts import gather
+    from cluster.cli.status_view import gpu_troubles
 
     facts = gather(connection)
     for kind, source in (("router", facts.router_source), ("controller", facts.control_source)):
@@ -177,6 +178,8 @@ def _deployment(folder: RunFolder) -> Iterator[Finding]:
             yield Finding(
                 "fix", f"the {kind} of {connection.name} at {source.address or 'no known address'}: {source.problem}", "moelastic up again reconciles"
             )
+    for place, said, is_out in gpu_troubles(facts.control):
+        yield Finding("fix" if is_out else "note", f"GPU {place}: {said}", "look at it with nvidia-smi; `moelastic gpu release` ends a quarantine")
     if facts.router_source.is_answering:
         yield Finding("ok", f"{connection.name} is {facts.state} on {connection.router_address}")
 

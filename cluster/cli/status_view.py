@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +40,7 @@ def view(facts: StatusFacts) -> RenderableType:
     if facts.table:
         parts.append(_experts(facts))
     if facts.control:
-        parts += [_nodes(facts.control), *_shadows(facts.control), *_quarantined(facts.control), *_decisions(facts.control)]
+        parts += [_nodes(facts.control), *_gpus(facts.control), *_shadows(facts.control), *_quarantined(facts.control), *_decisions(facts.control)]
     elif facts.router:
         parts.append(_links(facts.router))
     return Group(*parts)
@@ -202,8 +202,33 @@ def _nodes(control: dict[str, Any]) -> Table:
         state = Text("alive") if node["alive"] else Text(f"DEAD since {_duration(node['since_s'])}" if node["since_s"] else "DEAD", style="red")
         used, num_slots = sum(len(actor["slots"]) for actor in actors), sum(actor["num_slots"] for actor in actors)
         memory = _mebibytes(sum(actor["used_bytes"] for actor in actors))
-        rows.add_row(node["name"], state, f"{node['num_gpus']:g}", f"{used}/{num_slots}", memory, _actors(actors))
+        rows.add_row(node["name"], state, _gpu_count(node), f"{used}/{num_slots}", memory, _actors(actors))
     return rows
+
+
+def _gpu_count(node: dict[str, Any]) -> str:
+    """Ray's GPUs, logical or real, and the names of the real ones."""
+    kinds = Counter(gpu["name"] for gpu in node.get("gpus", ()) if gpu["name"])
+    return " ".join([f"{node['num_gpus']:g}", *(f"({count} x {name})" for name, count in sorted(kinds.items()))])
+
+
+def gpu_troubles(control: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Real GPUs that cannot be read, whose driver told of an error, or that are quarantined: which, what of them, and whether they are out of service."""
+    for node in control.get("nodes", ()):
+        for gpu in node.get("gpus", ()) if node["alive"] else ():
+            error = f"its driver reported Xid {gpu['last_xid']} at {_moment(gpu['last_xid_unix_s'])}" if gpu["last_xid"] else ""
+            said = [gpu["problem"] and f"its driver cannot read it: {gpu['problem']}", error, gpu["quarantine"] and f"quarantined: {gpu['quarantine']}"]
+            if any(said):
+                yield f"{node['name']}/{gpu['device'] or gpu['index']}", "; ".join(filter(None, said)), bool(gpu["problem"] or gpu["quarantine"])
+
+
+def _gpus(control: dict[str, Any]) -> Iterator[Text]:
+    for place, said, is_out in gpu_troubles(control):
+        yield Text(f"  GPU {place}: {said}", style="red" if is_out else "yellow")
+
+
+def _moment(unix_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(unix_s))
 
 
 def _actors(actors: list[dict[str, Any]]) -> Text:
@@ -231,7 +256,7 @@ def _links(router: dict[str, Any]) -> Table:
 def _decisions(control: dict[str, Any]) -> Iterator[Text]:
     latest = sorted(control["decisions"], key=lambda entry: int(entry["sequence"]))[-NUM_DECISIONS:]
     for position, entry in enumerate(latest):
-        moment = time.strftime("%H:%M:%S", time.localtime(entry["unix_time_s"]))
+        moment = _moment(entry["unix_time_s"])
         title = "last decisions  " if position == 0 else " " * len("last decisions  ")
         yield Text(f"{title}{moment} {entry['action']} {entry['target']}: {entry['reason']} (epoch {entry['epoch']})")
 

@@ -99,8 +99,31 @@ class GpuFault:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuReading:
+    """One GPU as its driver sees it; `device` is how actors name it. `problem`: why it cannot be read, as one that fell off its bus; then no more is known."""
+
+    index: int
+    device: str = ""
+    uuid: str = ""
+    name: str = ""
+    total_bytes: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGpus:
+    """What a node's driver tells: its GPUs now, and errors so far."""
+
+    readings: tuple[GpuReading, ...] = ()
+    faults: tuple[GpuFault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class NodeObservation:
-    """One node. `num_gpus` counts Ray's GPUs, logical or real; `free_gpus` is what Ray says nobody holds, None when it does not say."""
+    """One node. `num_gpus` counts Ray's GPUs, logical or real; `free_gpus` is what Ray says nobody holds, None when it does not say.
+
+    `gpus` are the real ones, as far as its agent has told of them.
+    """
 
     node_id: str
     name: str
@@ -111,6 +134,7 @@ class NodeObservation:
     is_head: bool = False
     free_gpus: float | None = None
     gpu_faults: tuple[GpuFault, ...] = ()
+    gpus: tuple[GpuReading, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

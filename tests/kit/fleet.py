@@ -14,7 +14,18 @@ from cluster.core.descriptors import DType, ExpertDescriptor, GateDescriptor, La
 from cluster.core.errors import CheckpointError, FleetError, SlotsExhausted, StaleTable
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.spec import ShadowSpec
-from cluster.core.status import ActorObservation, ActorReport, ActorState, FleetObservation, GpuFault, NodeObservation, RouterObservation, SlotReport, SlotState
+from cluster.core.status import (
+    ActorObservation,
+    ActorReport,
+    ActorState,
+    FleetObservation,
+    GpuFault,
+    GpuReading,
+    NodeObservation,
+    RouterObservation,
+    SlotReport,
+    SlotState,
+)
 
 
 class ManualClock:
@@ -124,13 +135,24 @@ class FakeFleet:
         self.reused: list[Incarnation] = []
         self.verified_anew: list[tuple[str, str]] = []
         self.gpu_faults: dict[str, tuple[GpuFault, ...]] = {}
+        self.gpus: dict[str, tuple[GpuReading, ...]] = {}
         self.log: list[str] = []
 
     async def observe(self, *, out: Collection[Incarnation] = ()) -> FleetObservation:
         self._fail("observe")
         self._settle()
         nodes = tuple(
-            NodeObservation(n.node_id, n.node_id, f"10.0.0.{i + 1}", n.alive, n.num_gpus, 2.0, n.is_head, gpu_faults=self.gpu_faults.get(n.node_id, ()))
+            NodeObservation(
+                n.node_id,
+                n.node_id,
+                f"10.0.0.{i + 1}",
+                n.alive,
+                n.num_gpus,
+                2.0,
+                n.is_head,
+                gpu_faults=self.gpu_faults.get(n.node_id, ()),
+                gpus=self.gpus.get(n.node_id, ()),
+            )
             for i, n in enumerate(self.nodes.values())
         )
         actors = tuple(self._observation(incarnation, actor) for incarnation, actor in self.actors.items())

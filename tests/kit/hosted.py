@@ -144,6 +144,9 @@ class HostedAgent:
     async def gpu_faults(self) -> str:
         return "[]"
 
+    async def gpus(self) -> str:
+        return "[]"
+
     def _read(self, name: str, source: Path, expected: str | None) -> Manifest:
         manifest = Manifest.model_validate_json((source / "manifest.json").read_text())
         assert manifest.model.name == name

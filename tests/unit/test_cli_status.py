@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli.status_facts import Source, StatusFacts, gather, plain
-from cluster.cli.status_view import show, view
+from cluster.cli.status_view import gpu_troubles, show, view
 from cluster.deploy.connection import Connection
 from protos.moelastic.control.v1 import control_pb2 as control
 from protos.moelastic.control.v1 import control_pb2_grpc as control_grpc
@@ -107,6 +107,27 @@ def test_a_lost_expert_a_copy_on_its_way_and_a_dead_node_are_shown() -> None:
     assert "3.0 MiB" in row(text, "node-1", "alive")
     assert "goal: expert 0/1 has no copy" in text
     assert text.index("assume 0/8") < text.index("assume 0/9")
+
+
+def test_gpus_are_shown_by_name_and_those_in_trouble_by_what_is_known_of_them() -> None:
+    told = control.GetClusterStatusResponse()
+    told.CopyFrom(CONTROL)
+    fine, faulty = [told.nodes[1].gpus.add(index=index, device=f"cuda-{index}", uuid=f"GPU-{index}", name="H100") for index in range(2)]
+    assert "2 (2 x H100)" in row(shown(facts(control=plain(told))), "node-1", "alive")
+    assert list(gpu_troubles(plain(told))) == []
+    faulty.last_xid, faulty.last_xid_unix_s = 13, 1e9
+    ((place, said, is_out),) = gpu_troubles(plain(told))
+    assert (place, is_out) == ("node-1/cuda-1", False)
+    assert "Xid 13" in said
+    faulty.quarantine = "it failed 3 times"
+    told.nodes[1].gpus.add(index=2, problem="GPU is lost")
+    text = shown(facts(control=plain(told)))
+    assert "quarantined: it failed 3 times" in row(text, "GPU node-1/cuda-1:", "Xid 13")
+    assert "its driver cannot read it: GPU is lost" in row(text, "GPU node-1/2:")
+    assert fine.device not in text
+    assert [is_out for _, _, is_out in gpu_troubles(plain(told))] == [True, True]
+    told.nodes[1].alive = False
+    assert list(gpu_troubles(plain(told))) == []
 
 
 def test_what_shadows_take_is_shown_packed_and_expanded_beside_its_limits() -> None:

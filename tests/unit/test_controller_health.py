@@ -10,7 +10,7 @@ from cluster.cluster_view import status_message
 from cluster.core.health import LinkReport, Wrong
 from cluster.core.ids import CopyId, Incarnation
 from cluster.core.spec import ActorsSpec, ClusterSpec, RepairSpec
-from cluster.core.status import GpuFault, SlotState
+from cluster.core.status import GpuFault, GpuReading, SlotState
 from kit.control import STEP_S, ControlRig, make_spec
 
 EJECTED = "no progress for 0.2 s"
@@ -278,7 +278,8 @@ async def test_error_that_a_driver_blames_on_its_device_moves_its_copies_away_an
     await rig.deploy()
     life = rig.incarnation("actor-1")
     node_id = rig.fleet.actors[life].node_id
-    rig.fleet.gpu_faults[node_id] = (GpuFault(rig.clock.unix_s(), "cpu", 13, is_device=False),)
+    rig.fleet.gpus[node_id] = (GpuReading(0, "cpu", "GPU-1", "H100", 100),)
+    rig.fleet.gpu_faults[node_id] = (GpuFault(rig.clock.unix_s() - 1, "cpu", 13, is_device=False),)
     for _ in range(8):
         await rig.step()
     assert rig.controller.snapshot().memory.quarantined == {}
@@ -290,6 +291,8 @@ async def test_error_that_a_driver_blames_on_its_device_moves_its_copies_away_an
     rig.after_step = never_without
     await rig.until(lambda: life not in rig.fleet.actors)
     assert "Xid 79" in rig.message
+    gpu = next(node for node in status_message(rig.controller).nodes if node.node_id == node_id).gpus[0]
+    assert (gpu.device, gpu.uuid, gpu.name, gpu.last_xid, gpu.quarantine) == ("cpu", "GPU-1", "H100", 79, "its driver reported Xid 79")
     assert f"stop {life}" in rig.fleet.log
     rig.controller.release_device(f"{node_id}/cpu")
     for _ in range(8):

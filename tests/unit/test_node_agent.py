@@ -207,7 +207,7 @@ class NvmlBroken(Exception):
 
 
 class FakeNvml:
-    """A driver with one GPU; without `works` it is not loaded."""
+    """A driver with one GPU, and one that fell off its bus; without `works` it is not loaded."""
 
     NVMLError = NvmlBroken
 
@@ -224,13 +224,15 @@ class FakeNvml:
         self.open -= 1
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 1
+        return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if index == 1:
+            raise self.NVMLError("GPU is lost")  # noqa: EM101, TRY003  (as NVML words it)
         return index
 
     def nvmlDeviceGetMemoryInfo(self, _handle: int) -> Any:  # noqa: N802
-        return type("Memory", (), {"total": 100, "used": 40})
+        return type("Memory", (), {"total": 100})
 
     def nvmlDeviceGetUUID(self, _handle: int) -> bytes:  # noqa: N802
         return b"GPU-1"
@@ -243,7 +245,10 @@ async def test_gpus_are_read_where_there_is_a_driver_and_there_are_none_elsewher
     driver = FakeNvml(works=True)
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     readings = json.loads(await NodeAgent(tmp_path).gpus())
-    assert readings == [{"index": 0, "uuid": "GPU-1", "name": "H100", "total_bytes": 100, "used_bytes": 40}]
+    assert readings == [
+        {"index": 0, "device": "cuda-1", "uuid": "GPU-1", "name": "H100", "total_bytes": 100, "problem": ""},
+        {"index": 1, "device": "", "uuid": "", "name": "", "total_bytes": 0, "problem": "GPU is lost"},
+    ]
     assert driver.open == 0
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(works=False))
     assert json.loads(await NodeAgent(tmp_path).gpus()) == []

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
+from cluster import node_agents
 from cluster.core.errors import FleetError
-from cluster.core.status import ActorState, CommandReply, RouterObservation
+from cluster.core.status import ActorState, CommandReply, GpuFault, GpuReading, NodeGpus, RouterObservation
 from cluster.node_agents import NodeAgents, Result
 from kit.waiting import until
 
+READING = GpuReading(0, "cuda-1", "GPU-1", "H100", 100)
+FAULT = GpuFault(1e9, "cuda-1", 79, is_device=True)
 DONE = CommandReply(ok=True, value="done")
 
 
@@ -32,6 +37,7 @@ class Agent:
         self.imported = asyncio.Event()
         self.killed: list[tuple[int, float]] = []
         self.progress, self.import_model, self.kill = Remote(self._progress), Remote(self._import), Remote(self._kill)
+        self.gpus, self.gpu_faults = Remote(self._gpus), Remote(self._gpu_faults)
 
     async def _progress(self) -> dict[str, tuple[int, int]]:
         self.num_questions += 1
@@ -42,6 +48,14 @@ class Agent:
     async def _import(self) -> CommandReply:
         await self.imported.wait()
         return DONE
+
+    async def _gpus(self) -> str:
+        if self.is_silent:
+            await asyncio.Event().wait()
+        return json.dumps([asdict(READING)])
+
+    async def _gpu_faults(self) -> str:
+        return json.dumps([asdict(FAULT)])
 
     async def _kill(self, pid: int, start_s: float) -> bool:
         self.killed.append((pid, start_s))
@@ -131,3 +145,16 @@ async def test_processes_are_killed_only_by_pid_and_start_time(host: Host, agent
     assert host.made == []
     await agents.kill("node-7", known)
     assert host.made[0].killed == [(4711, 1.5)]
+
+
+async def test_gpus_and_their_errors_are_what_the_living_nodes_agents_told_last(host: Host, agents: NodeAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_agents, "GPUS_PAUSE_S", 0.0)
+    importing = begin(agents)
+    await until(lambda: bool(host.made))
+    assert agents.gpus({"node-7"}) == {}  # asked beside the caller
+    await until(lambda: agents.gpus({"node-7"}) == {"node-7": NodeGpus((READING,), (FAULT,))})
+    host.made[0].is_silent = True
+    await until(lambda: any(not task.done() for task in agents._asking))
+    assert agents.gpus({"node-7"}) == {"node-7": NodeGpus((READING,), (FAULT,))}
+    assert agents.gpus({"node-8"}) == {}
+    importing.cancel()

@@ -295,20 +295,44 @@ class HotReplica(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., index: _Optional[int] = ..., actor_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("node_id", "name", "address", "alive", "num_gpus", "since_s")
+    __slots__ = ("node_id", "name", "address", "alive", "num_gpus", "since_s", "gpus")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     NUM_GPUS_FIELD_NUMBER: _ClassVar[int]
     SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     name: str
     address: str
     alive: bool
     num_gpus: float
     since_s: float
-    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., num_gpus: _Optional[float] = ..., since_s: _Optional[float] = ...) -> None: ...
+    gpus: _containers.RepeatedCompositeFieldContainer[GpuStatus]
+    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., alive: _Optional[bool] = ..., num_gpus: _Optional[float] = ..., since_s: _Optional[float] = ..., gpus: _Optional[_Iterable[_Union[GpuStatus, _Mapping]]] = ...) -> None: ...
+
+class GpuStatus(_message.Message):
+    __slots__ = ("index", "device", "uuid", "name", "total_bytes", "problem", "last_xid", "last_xid_unix_s", "quarantine")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    LAST_XID_FIELD_NUMBER: _ClassVar[int]
+    LAST_XID_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    device: str
+    uuid: str
+    name: str
+    total_bytes: int
+    problem: str
+    last_xid: int
+    last_xid_unix_s: float
+    quarantine: str
+    def __init__(self, index: _Optional[int] = ..., device: _Optional[str] = ..., uuid: _Optional[str] = ..., name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., last_xid: _Optional[int] = ..., last_xid_unix_s: _Optional[float] = ..., quarantine: _Optional[str] = ...) -> None: ...
 
 class DecisionRecord(_message.Message):
     __slots__ = ("sequence", "unix_time_s", "action", "target", "reason", "epoch")
