@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, grouped_mm, linear, relu, silu
 from actors.blob_files import StoredBlob
 from actors.core.abft import BlockSums
 from actors.core.codecs import PackedExpert, decode
+from actors.core.magnitude import Reach
 from actors.expert_blob import Array
 from actors.expert_slabs import SlabPlace, Slabs
 from actors.packed_matrix import multiply_packed, pack
@@ -42,8 +43,8 @@ _GROUPED_CAPABILITY = (8, 0)
 class ExpertWeights:
     """One expert ready to compute. `private_bytes` are those that this process alone holds; weights mapped from the store have none.
 
-    `checksums` of its matrices and `digests` of all tensors are taken when it is loaded, by whoever checks them later. `packed` are matrices that
-    products use in the place of those in `tensors`, with the same bits.
+    `checksums` of its matrices, `digests` of all tensors and the `reach` of its outputs (one, or none while it is not known) are taken when it is loaded,
+    by whoever checks them later. `packed` are matrices that products use in the place of those in `tensors`, with the same bits.
     """
 
     descriptor: ExpertDescriptor
@@ -53,6 +54,7 @@ class ExpertWeights:
     place: SlabPlace | None = None
     checksums: dict[str, BlockSums] = field(default_factory=dict)
     digests: dict[str, Tensor] = field(default_factory=dict)
+    reach: list[Reach] = field(default_factory=list)
     packed: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -18,6 +18,7 @@ from actors.compute_thread import ComputeThread, PendingFrame, Reply
 from actors.copy_loader import BlobSource, CopyLoader, Loaded
 from actors.core.abft import WRONG_WEIGHTS, block_sums
 from actors.core.frames import copy_of, refuse_frame, refuse_segments
+from actors.core.magnitude import reach_of
 from actors.core.memory import capacity_bytes, expansions_reserved
 from actors.core.slots import (
     AssumeReceived,
@@ -309,9 +310,14 @@ class ExpertRuntime:
     def _add_checksums(self, weights: ExpertWeights) -> None:
         if self._config.abft_fraction > 0:
             weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items() if tensor.dim() > 1})
+            reach = reach_of(weights.descriptor, weights.tensors)
+            weights.reach.extend([] if reach is None else [reach])
 
     def _on_wrong(self, weights: ExpertWeights) -> None:
-        """Checksums failed: see whether the weights are to blame, and if they are a shadow's, expand it again. Packed matrices are not used any more."""
+        """Checksums failed, or an output is beyond reach: see whether the weights are to blame, and if they are a shadow's, expand it again.
+
+        Packed matrices are not used any more.
+        """
         if weights.packed:
             logger.warning("an expert's checksums failed: its packed matrices are not used any more, it answers as with actors.layout mapped")
             weights.packed.clear()

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from actors.core.frames import FramePlan, Group, Outcome, merge_outcomes
+from actors.core.magnitude import ENORMOUS, beyond_reach
 from actors.device import STICKY_EXIT_CODE, ErrorKind, error_kind
 from actors.expert_layouts import ExpertWeights, grouped_forward
 from actors.frame_audit import Audit, FrameSampler
@@ -52,7 +53,7 @@ class FrameForward:
         sampler: FrameSampler | None = None,
         on_wrong: Callable[[ExpertWeights], None] = lambda _weights: None,
     ) -> None:
-        """Frames that `sampler` picks are audited; `on_wrong` is told whose matrix products failed."""
+        """Frames that `sampler` picks are audited; `on_wrong` is told whose matrix products failed, or who gave numbers that are too large for its weights."""
         self._staging = staging
         self._forward = forward
         self._on_sticky = on_sticky
@@ -105,6 +106,7 @@ class FrameForward:
         if y_ND.shape != x_ND.shape or y_ND.dtype != x_ND.dtype:
             message = "a forward must return rows alike to those it got"
             raise ValueError(message)
+        beyond = beyond_reach(x_ND, y_ND, [expert.reach[0] if expert.reach else None for expert in used], [piece.num_rows for piece in group.pieces])
         rows = self._staging.unload(y_ND)
         outcomes: Outcomes = {}
         offset = 0
@@ -112,6 +114,9 @@ class FrameForward:
             stop = offset + piece.num_rows * group.row_bytes
             outcomes[piece.position] = Outcome(SegmentStatus.OK, (rows[offset:stop],))
             offset = stop
+        for number in beyond:
+            self._on_wrong(used[number])
+            outcomes[group.pieces[number].position] = Outcome(SegmentStatus.WRONG_NUMBERS, message=ENORMOUS)
         return outcomes
 
     def _judge(self, error: Exception) -> tuple[ErrorKind, str]:

@@ -131,7 +131,7 @@ class HedgingSpec(_Section):
 class AbftSpec(_Section):
     """Checksums of the experts' matrix products (algorithm-based fault tolerance), which catch flipped bits in weights and outputs."""
 
-    fraction: float = Field(0.0625, ge=0.0, le=1.0, description="share of frames that are checked")
+    fraction: float = Field(0.0625, ge=0.0, le=1.0, description="share of frames that are checked; above 0 every frame's outputs are also held against a bound")
     redigest_s: PositiveFloat = Field(300.0, description="every resident weight is digested again once in so long, in the background")
 
 

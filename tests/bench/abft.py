@@ -1,5 +1,6 @@
 """What checksums of matrix products cost and catch: `PYTHONPATH=.:tests python -m bench.abft`.
 
+Bound: random exponent bits are flipped; who of them is caught by the bound on outputs, which is looked at on every frame, and by their being not finite.
 Cost: one grouped forward of 8 gated bf16 experts 512x2048, plain, with every frame checked and with one in sixteen, in turns. Catch rate: random bits of
 weights and of products are flipped, one at a time; what counts are flips that move a row of the output by more than a hundredth of its norm.
 False alarms: fresh random rows on healthy weights. Shape legend: N rows, D model width.
@@ -19,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from actors.core.abft import block_sums
+from actors.core.magnitude import beyond_reach, reach_of
 from actors.expert_layouts import ExpertWeights, expert_forward, grouped_forward, load_weights
 from actors.frame_audit import Audit, FrameSampler
 from actors.product_watch import watching
@@ -29,11 +31,14 @@ NUM_EXPERTS = 8
 NUM_ROWS = (1, 8, 64, 256, 1024)
 FRACTION = 1 / 16
 HARMFUL = 1e-2
+GRAVE = 1e3
+FIRST_EXPONENT_BIT, NUM_EXPONENT_BITS = 7, 8
+LOOKS = 100
 DESCRIPTOR = ExpertDescriptor(hidden_size=512, intermediate_size=2048, dtype=DType.BF16)
 
 
 def main() -> None:
-    """Print three tables."""
+    """Print four tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--flips", type=int, default=4000)
@@ -46,6 +51,7 @@ def main() -> None:
         console.print(cost_table(experts, given.rounds))
         console.print(catch_table(experts[0], given.flips))
         console.print(alarm_table(experts, given.clean))
+        console.print(bound_table(experts[0], given.flips // 4))
 
 
 def checked_expert(seed: int) -> ExpertWeights:
@@ -53,6 +59,7 @@ def checked_expert(seed: int) -> ExpertWeights:
     weights = load_weights(RandomBlobs(DESCRIPTOR).open(f"{seed:08x}" * 8), torch.device("cpu"))
     weights.tensors.update({name: tensor.clone() for name, tensor in weights.tensors.items()})
     weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items()})
+    weights.reach.extend(filter(None, [reach_of(weights.descriptor, weights.tensors)]))
     return weights
 
 
@@ -151,6 +158,55 @@ def flip_many(expert: ExpertWeights, kind: str, num_rows: int, num_flips: int) -
                 wrong_ND = expert_forward(x_ND, expert)
         found.count(harm_of(wrong_ND, right_ND), is_caught=bool(audit.faults))
     return found
+
+
+def bound_table(expert: ExpertWeights, num_flips: int) -> Table:
+    """Flips of exponent bits, by rows of the frame, and what the look at every frame takes beside the forward, in processor time."""
+    table = Table("flipped", "rows", "flips", f"harm > {HARMFUL}", "not finite", "beyond reach", f"harm > {GRAVE:g}", "of those neither", "cost of the look")
+    table.title = "the bound on outputs, without checksums"
+    for kind in ("weights", "product"):
+        for num_rows in (1, 16, 256):
+            flips = num_flips if num_rows < 256 else num_flips // 16
+            counts = [flip_exponent(expert, kind, num_rows, seed) for seed in range(flips)]
+            harmful, not_finite, beyond, grave, missed = (sum(column) for column in zip(*counts, strict=True))
+            table.add_row(
+                kind, str(num_rows), str(flips), *map(str, (harmful, not_finite, beyond, grave, missed)), f"{100 * look_share(expert, num_rows):.2f} %"
+            )
+    return table
+
+
+def flip_exponent(expert: ExpertWeights, kind: str, num_rows: int, seed: int) -> tuple[bool, bool, bool, bool, bool]:
+    """Flip one exponent bit: whether it did harm, was not finite, was beyond reach, did grave harm, and did that unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(num_rows, DESCRIPTOR.hidden_size, generator=generator).bfloat16()
+    right_ND = expert_forward(x_ND, expert)
+    name = ("gate_up", "gate_up", "down")[seed % 3]  # as many numbers are in each
+    matrix = expert.tensors[name]
+    place = int(torch.randint(matrix.numel() if kind == "weights" else num_rows * matrix.shape[0], (1,), generator=generator))
+    bit = FIRST_EXPONENT_BIT + int(torch.randint(NUM_EXPONENT_BITS, (1,), generator=generator))
+    if kind == "weights":
+        flip(matrix, place, bit)
+        wrong_ND = expert_forward(x_ND, expert)
+        flip(matrix, place, bit)
+    else:
+        with watching(flipper(matrix, place, bit)):
+            wrong_ND = expert_forward(x_ND, expert)
+    harm, is_finite = harm_of(wrong_ND, right_ND), bool(wrong_ND.isfinite().all())
+    is_beyond = is_finite and bool(beyond_reach(x_ND, wrong_ND, expert.reach, [num_rows]))
+    return harm > HARMFUL, not is_finite, is_beyond, harm > GRAVE, harm > GRAVE and is_finite and not is_beyond
+
+
+def look_share(expert: ExpertWeights, num_rows: int) -> float:
+    """Processor time of the look, as a share of that of one expert's forward."""
+    x_ND = torch.randn(num_rows, DESCRIPTOR.hidden_size).bfloat16()
+    y_ND = expert_forward(x_ND, expert)
+    taken_s = []
+    for action in (lambda: beyond_reach(x_ND, y_ND, expert.reach, [num_rows]), lambda: expert_forward(x_ND, expert)):
+        begun_s = time.process_time()
+        for _ in range(LOOKS):
+            action()
+        taken_s.append(time.process_time() - begun_s)
+    return taken_s[0] / taken_s[1]
 
 
 def flip(tensor: Tensor, place: int, bit: int) -> None:
