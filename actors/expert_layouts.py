@@ -59,8 +59,13 @@ class ExpertWeights:
 
 
 def with_packed(weights: ExpertWeights) -> ExpertWeights:
-    """The same expert with its matrices packed, as far as this build and processor can; `num_bytes` and `private_bytes` then count them, too."""
+    """The same expert with its matrices packed, as far as this build and processor can; `num_bytes` and `private_bytes` then count them, too.
+
+    Where nothing is packed it is the very same: a copy on CUDA would not keep the place in the slab, which is free again when the original is gone.
+    """
     packed = {name: found for name, tensor in weights.tensors.items() if (found := pack(tensor)) is not None}
+    if not packed:
+        return weights
     num_bytes = sum(weights.tensors[name].nbytes for name in packed)
     return replace(weights, packed=packed, num_bytes=weights.num_bytes + num_bytes, private_bytes=weights.private_bytes + num_bytes)
 

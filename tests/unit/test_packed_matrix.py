@@ -25,6 +25,12 @@ BF16 = ExpertDescriptor(hidden_size=DIM, intermediate_size=48, dtype=DType.BF16,
 A = expert_copy(0)
 
 
+def test_where_nothing_can_be_packed_the_expert_stays_the_same_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "can_pack", lambda: False)
+    plain = make_weights(BF16, 1)
+    assert with_packed(plain) is plain
+
+
 @needs_kernels
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16, 17, 33, 64, 200])
 @pytest.mark.parametrize("shape", [(48, 32), (64, 256), (200, 96)])
