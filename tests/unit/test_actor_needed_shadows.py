@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from actors.core.memory import PASSING_EXPANSIONS, MeasuredMemory
 from actors.expert_layouts import expert_forward, load_weights
 from actors.shadow_workspace import LINGER_S
 from cluster.core.errors import SlotsExhausted
+from cluster.core.ids import Incarnation
+from cluster.core.launch import Launch, actor_config
 from cluster.core.link_frames import SegmentStatus
+from cluster.core.spec import ClusterSpec, ShadowSpec
 from kit.actor_bench import CPU, A, Bench, ask, started
 from kit.experts import TIMEOUT_S, Ask, frame_of, rows_of
 from kit.shadow_blobs import Expansions, S, ShadowBlobs, T, U, shadow
@@ -201,3 +205,12 @@ def test_in_host_memory_nothing_is_set_aside(bench: Bench) -> None:
     bench.hold_copies(S, T, U)
     assert bench.runtime.capacity_bytes == bench.config.memory_bytes
     assert bench.runtime.expanded_max_bytes == EXPANDED_MAX * bench.blobs.descriptor.num_bytes
+
+
+def test_of_several_models_the_one_that_wants_most_says_how_many_stay_expanded_and_for_how_long(tmp_path: Path) -> None:
+    shadows = ({"expanded_max": 3, "expanded_idle_s": 20.0}, {"expanded_max": 4, "expanded_idle_s": 5.0}, None)
+    models = [{"name": f"m{number}", "path": "unused", "shadow": shadow} for number, shadow in enumerate(shadows)]
+    config = actor_config(ClusterSpec.model_validate({"models": models}), Launch(tmp_path), Incarnation("e-0", 1), 1)
+    assert (config.expanded_max, config.expanded_idle_s) == (4, 20.0)
+    alone = actor_config(ClusterSpec.model_validate({"models": models[2:]}), Launch(tmp_path), Incarnation("e-0", 1), 1)
+    assert (alone.expanded_max, alone.expanded_idle_s) == (ShadowSpec().expanded_max, ShadowSpec().expanded_idle_s)
