@@ -148,6 +148,21 @@ def test_actors_report_what_shadows_take_packed_and_expanded(cluster: InProcessC
     assert 0 < max(expanded for _, expanded in after) <= 2 * expert_bytes
 
 
+def test_shadows_that_stood_in_are_told_that_their_replicas_are_back(cluster: InProcessCluster, client: RouterClient) -> None:
+    def told() -> int:
+        workspaces = [actor._running.runtime._workspace for actor in cluster.actors.values() if actor._running is not None]
+        return sum(copy in workspace._back_s for workspace in workspaces for copy in tuple(workspace._expanded))
+
+    cluster.kill(LOST)
+    cluster.publish()
+    assert _ask(client, 0).report.outcomes["shadow"] > 0
+    assert told() == 0
+    cluster.start_again(LOST)
+    cluster.publish()
+    wait_until(lambda: told() > 0, "who holds an expanded shadow was told")
+    assert _ask(client, 0).report.outcomes["exact"] == T * K
+
+
 def test_without_the_section_there_are_no_shadows(folder: Path, tmp_path: Path) -> None:
     with in_process_cluster({"m": folder}, tmp_path, num_actors=2) as cluster, cluster.client() as client:
         assert cluster.manifests["m"].shadows == {}
