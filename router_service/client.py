@@ -86,7 +86,11 @@ class RouterClient:
                 return send(attempts.remaining_s(time.monotonic()))
             except grpc.RpcError as failure:
                 error = error_of(failure, address=self._core.address)
-            time.sleep(attempts.pause_s(error, time.monotonic()))
+                failure.__traceback__ = None  # a call is its own failure: with the frames it went through it would keep itself
+            try:
+                time.sleep(attempts.pause_s(error, time.monotonic()))
+            finally:
+                del error  # kept by its own traceback, it would keep the call's message
 
     def _send_whole(self, messages: DispatchMessages, limit_s: float, traceparent: str) -> Reply:
         metadata = self._core.metadata(len(messages.whole), traceparent)
@@ -161,7 +165,11 @@ class AsyncRouterClient:
                 return await send(attempts.remaining_s(time.monotonic()))
             except grpc.RpcError as failure:
                 error = error_of(failure, address=self._core.address)
-            await asyncio.sleep(attempts.pause_s(error, time.monotonic()))
+                failure.__traceback__ = None
+            try:
+                await asyncio.sleep(attempts.pause_s(error, time.monotonic()))
+            finally:
+                del error
 
     async def _send_whole(self, messages: DispatchMessages, limit_s: float, traceparent: str) -> Reply:
         call: grpc.aio.UnaryUnaryMultiCallable[bytes, pb.DispatchResponse]

@@ -37,11 +37,12 @@ class Attempts:
         if isinstance(error, DeadlineExceeded) and self._last is not None:
             message = f"{error}; {self.num_failed - 1} attempts before it failed, the last with: {self._last}"
             raise DeadlineExceeded(message) from self._last
-        if not error.retryable or isinstance(error, MessageTooLarge):
-            raise error
         pause_s = max(self._next_pause_s * self._rng.uniform(0.5, 1.0), float(getattr(error, "retry_after_s", 0.0)))
-        if now_s + pause_s + MIN_ATTEMPT_S >= self._deadline_s:
-            raise error
+        if not error.retryable or isinstance(error, MessageTooLarge) or now_s + pause_s + MIN_ATTEMPT_S >= self._deadline_s:
+            try:
+                raise error
+            finally:
+                del error  # a frame that its own error holds is a cycle
         self._last = error
         self._next_pause_s = min(2 * self._next_pause_s, MAX_PAUSE_S)
         return pause_s

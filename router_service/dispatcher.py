@@ -163,7 +163,9 @@ class _UnderWay:
         self._job = job
         self._loop = asyncio.get_running_loop()
         self._experts = {rows.index: job.expert(rows.index) for rows in job.order.experts}
-        self._flight = Flight(job.order.experts, self._pick, kind="full-precision copies" if job.exact else "copies")
+        # Not a method of this object: that would be a cycle, which keeps every row of the call until the garbage collector comes by.
+        pick = partial(_pick, desk, job, self._experts)
+        self._flight = Flight(job.order.experts, pick, kind="full-precision copies" if job.exact else "copies")
         self._withdraws: dict[tuple[int, int], Withdraw] = {}
         self._sent_s: dict[tuple[int, int], float] = {}
         self._warmed: set[int] = set()
@@ -177,7 +179,6 @@ class _UnderWay:
         orders = flight.begin()
         if flight.lost and not self._job.may_lose:
             return flight.lost
-        error: BaseException | None = None
         try:
             orders.sort(key=_actor_of)
             for _, group in groupby(orders, key=_actor_of):
@@ -187,11 +188,10 @@ class _UnderWay:
                 self._watch_first()
                 await self._done
             self._check()
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
+        except BaseException as error:  # kept in no variable of this frame: that would be a cycle
             self._close(error)
+            raise
+        self._close(None)
         return flight.lost
 
     def _check(self) -> None:
@@ -239,9 +239,6 @@ class _UnderWay:
         hedging = self._desk.hedging
         if hedging is not None:
             self._desk.watch(self, self._loop.time() + hedging.lateness.min_delay_s)
-
-    def _pick(self, index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
-        return self._desk.pick(self._job, self._experts[index], tried)
 
     def _send(self, orders: Sequence[Send]) -> None:
         """Carry out orders to one actor."""
@@ -329,6 +326,10 @@ class _UnderWay:
 _LOOK_AGAIN_S = 0.005
 # On a machine that is merely busy a shadow is no faster, and its answer is not exact.
 _SHADOW_PATIENCE = 1.5
+
+
+def _pick(desk: Dispatcher, job: Job, experts: Mapping[int, ExpertId], index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
+    return desk.pick(job, experts[index], tried)
 
 
 def _actor_of(order: Send) -> str:

@@ -92,11 +92,15 @@ def retry_after_s(error: MoeError) -> float | None:
 
 
 async def abort(context: AbortContext, error: BaseException, *, request_id: str = "") -> NoReturn:
-    """End a call with the status of an error; bugs are logged with their stack, without their text."""
+    """End a call with the status of an error; bugs are logged with their stack, without their text.
+
+    The error has done its work then. Its frames hold all that the call had in hand, and some of them hold the error, so they are let go of.
+    """
     ours = translated(error)
     if ours is not error and isinstance(ours, InvariantBroken):
         stack = "".join(traceback.format_tb(error.__traceback__))
         logger.error("request %r failed with %s:\n%s", request_id, type(error).__name__, stack)
+    error.__traceback__ = error.__cause__ = error.__context__ = None
     status = rpc_status.to_status(status_of(ours, request_id=request_id))
     pause_s = retry_after_s(ours)
     pushback = () if pause_s is None else ((PUSHBACK_KEY, str(int(pause_s * 1000))),)

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -124,7 +125,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             return None
         call = _Call(self, method, _metadata(handler_call_details, SIZE_KEY), handler)
         if handler.unary_unary is not None and call.is_small:
-            return grpc.stream_unary_rpc_method_handler(call.small, None, handler.response_serializer)
+            return grpc.stream_unary_rpc_method_handler(partial(_without_frames, call.small), None, handler.response_serializer)
         if handler.unary_unary is not None:
             answer = call.unary
         elif handler.unary_stream is not None:
@@ -133,7 +134,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
             answer = call.stream
         else:
             return handler
-        return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(partial(_without_frames, answer), None, handler.response_serializer)
 
 
 class _Admitted:
@@ -329,6 +330,15 @@ class _Call:
         return request
 
 
+async def _without_frames(answer: Callable[[Any, Any], Awaitable[Any]], messages: Any, context: Any) -> Any:  # noqa: ANN401  (grpc's)
+    """Answer a call. grpc keeps what ended it, in a cycle, until the garbage collector comes by: that must not hold the call's frames, nor its message."""
+    try:
+        return await answer(messages, context)
+    except grpc.aio.AbortError as ended:
+        ended.__traceback__ = ended.__context__ = None
+        raise
+
+
 def _metadata(details: grpc.HandlerCallDetails, key: str) -> str | None:
     value = next((value for name, value in details.invocation_metadata or () if name == key), None)
     return value if isinstance(value, str) else None
@@ -340,4 +350,4 @@ def _refusing(error: MoeError) -> Any:  # noqa: ANN401
     async def refuse(_: Any, context: Any) -> None:  # noqa: ANN401
         await abort(context, error)
 
-    return grpc.stream_unary_rpc_method_handler(refuse)
+    return grpc.stream_unary_rpc_method_handler(partial(_without_frames, refuse))
