@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bench.growth import Point, exponents_of
+from bench.heap import Heap
 from bench.leak import Look, section_of, slope_of
 from bench.overload import Probe
 from bench.processes import Usage
@@ -54,10 +55,24 @@ def test_a_slope_is_that_of_the_line() -> None:
     assert slope_of([1], [5]) == 0.0
 
 
-@pytest.mark.parametrize(("bytes_per_request", "is_steady"), [(0, True), (100, False)])
-def test_memory_that_grows_with_the_requests_is_a_leak(bytes_per_request: int, is_steady: bool) -> None:
-    looks = [Look(n, {"router 0": Usage(0, 10**7 + n * bytes_per_request, 0, 30, 5)}, 0, 0) for n in range(1000, 9000, 1000)]
-    assert section_of(looks, 1.0).data["verdicts"]["router 0"]["is_steady"] is is_steady
+@pytest.mark.parametrize(
+    ("private", "used", "objects", "descriptors", "word"),
+    [(0, 0, 0, 0, "yes"), (100, 0, 0, 0, "in use"), (100, 100, 0, 0, "NO"), (0, 0, 1, 0, "NO"), (0, 0, 0, 0.01, "NO")],
+)
+def test_what_grows_with_the_requests_is_a_leak_and_pages_alone_are_not(private: int, used: int, objects: int, descriptors: float, word: str) -> None:
+    """Of bytes and objects in use, at half time and at the end, and of descriptors."""
+    looks = []
+    for n in range(1000, 9000, 1000):
+        heaps = {"router 0": Heap(10**7 + n * used, 0, n * objects)} if n in (5000, 8000) else {}
+        looks.append(Look(n, {"router 0": Usage(0, 10**7 + n * private, 0, 30 + int(n * descriptors), 5)}, 0, 0, heaps))
+    section = section_of(looks, 1.0)
+    assert section.tables[0].rows[0][-1] == word
+    assert section.data["verdicts"]["router 0"]["is_steady"] is (word != "NO")
+
+
+def test_without_a_look_at_the_heaps_the_pages_decide() -> None:
+    looks = [Look(n, {"actor 0": Usage(0, 10**7 + n * 100, 0, 30, 5)}, 0, 0) for n in range(1000, 9000, 1000)]
+    assert section_of(looks, 1.0).data["verdicts"]["actor 0"]["is_steady"] is False
 
 
 def test_a_router_s_limit_is_its_cpu_time() -> None:
