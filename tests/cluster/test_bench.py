@@ -49,6 +49,8 @@ def test_bench_reports_every_row_of_every_case_and_where_the_time_of_a_request_g
     looks = document["leak"]["data"]["looks"]
     assert looks[-1]["requests"] >= settings.leak_requests
     assert looks[-1]["pending_tokens"] == looks[-1]["frames"] == 0
+    assert looks[-1]["heaps"].keys() == looks[-1]["usage"].keys()
+    assert all(heap["objects"] > 0 for heap in looks[-1]["heaps"].values())
     check_readme(out, document)
 
 
