@@ -17,6 +17,7 @@ import psutil
 
 from actors.expert_store import ExpertStore
 from actors.link_server import LinkServer
+from actors.sentinel import Sentinel
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.errors import CheckpointError, MoeError, NotReady
 from cluster.core.ids import CopyId, ExpertId, Role
@@ -43,6 +44,7 @@ class _Running:
     host: str
     port: int
     faults: FaultPort | None = None
+    sentinel: Sentinel | None = None
 
 
 class ExpertActor:
@@ -80,6 +82,7 @@ class ExpertActor:
             frames_in_flight=config.frames_in_flight,
         )
         runtime, faults = await asyncio.to_thread(self._open_runtime, tracing, node_id, limits.max_links)
+        sentinel = await asyncio.to_thread(Sentinel.start) if config.sentinel else None
         links = LinkServer(
             config.incarnation,
             self._link_key,
@@ -89,13 +92,16 @@ class ExpertActor:
             cancel=runtime.cancel,
             hint=lambda hint: (runtime.warm if isinstance(hint, Warm) else runtime.cool)(hinted_copy(hint)),
             fault=None if faults is None else faults.answer,
+            guard=None if sentinel is None else sentinel.guard,
         )
         try:
             listening_host, port = await links.start(host)
         except BaseException:
             await asyncio.to_thread(runtime.stop, STOP_RESERVE_S)
+            if sentinel is not None:
+                await asyncio.to_thread(sentinel.stop)
             raise
-        return _Running(runtime, links, tracing, node_id, listening_host, port, faults)
+        return _Running(runtime, links, tracing, node_id, listening_host, port, faults, sentinel)
 
     def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> tuple[ExpertRuntime, FaultPort | None]:
         import torch
@@ -153,6 +159,8 @@ class ExpertActor:
         if running.faults is not None:
             await asyncio.to_thread(running.faults.heal)
         await running.links.stop("the actor is stopping", max(0.0, timeout_s - STOP_RESERVE_S))
+        if running.sentinel is not None:
+            await asyncio.to_thread(running.sentinel.stop)
         await asyncio.to_thread(running.runtime.stop, max(STOP_RESERVE_S / 2, deadline_s - loop.time() - STOP_RESERVE_S / 2))
         with contextlib.suppress(TimeoutError):  # an exporter that hangs goes down with the process
             flush_s = STOP_RESERVE_S / 2

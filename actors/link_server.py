@@ -62,7 +62,7 @@ class LinkServer:
     `submit(frame, body, reply)` hands a frame to the compute thread; it must not block. `reply(result, buffers)` may be called from any thread, once.
     `body` and `buffers` (which may alias it) belong to the link again after that call. `cancel(frame, segment_ids)` says that nobody waits any more;
     the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED. `hint(frame)` must not block;
-    `fault(frame)` may: it runs in a thread of its own. Without it every fault frame is refused.
+    `fault(frame)` may: it runs in a thread of its own. Without it every fault frame is refused. `guard(socket)` is shown every link's socket.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class LinkServer:
         cancel: Callable[[Forward, tuple[int, ...]], None] | None = None,
         hint: Callable[[Warm | Cool], None] | None = None,
         fault: Callable[[Fault], FaultReply] | None = None,
+        guard: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self.incarnation = incarnation
         self.limits = limits
@@ -84,6 +85,7 @@ class LinkServer:
         self.cancel = cancel
         self.hint = hint
         self.fault = fault
+        self.guard = guard
         self.is_draining = False
         self.num_faults = 0
         self._link_key = link_key
@@ -166,6 +168,8 @@ class LinkServer:
             return
         side = ActorSide(self.incarnation, self._link_key, secrets.token_bytes(NONCE_BYTES), self.limits)
         self._links.add(_ServerLink(self, sock, peer, side))
+        if self.guard is not None:
+            self.guard(sock)
 
     def forget(self, link: _ServerLink) -> None:
         """A link is closed."""

@@ -48,6 +48,7 @@ class ExpertActorConfig(_Config):
     abft_fraction: float = 0.0625
     redigest_s: float = 300.0
     chaos_allowed: bool = False
+    sentinel: bool = False
     code_digest: str = ""
     telemetry: TelemetryConfig = TelemetryConfig()
 

@@ -52,6 +52,7 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         abft_fraction=spec.abft.fraction,
         redigest_s=spec.abft.redigest_s,
         chaos_allowed=spec.chaos == "allowed",
+        sentinel=actors.sentinel,
         code_digest=launch.code_digest,
         telemetry=TelemetryConfig(
             sampling_ratio=spec.telemetry.sampling_ratio,

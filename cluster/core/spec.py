@@ -92,6 +92,10 @@ class ActorsSpec(_Section):
         description="a router sends a frame beside another one only with so many rows; fewer wait and merge: experts read their weights once",
     )
     start_parallelism: PositiveInt = Field(2, description="actor processes started at a time")
+    sentinel: bool = Field(
+        default=True,
+        description="a small process beside each actor ends its links the moment it is killed; the kernel does so only when its memory is freed (Linux)",
+    )
     start_timeout_s: PositiveFloat = 120.0
     drain_timeout_s: PositiveFloat = 10.0
 
