@@ -25,6 +25,7 @@ class _Links:
         self._control = control
         self._poll = select.epoll()
         self._open: dict[int, socket.socket] = {}
+        self._is_over = False
 
     def collect(self) -> None:
         """Take links as they come, let go of those that are closed on both sides."""
@@ -39,10 +40,10 @@ class _Links:
                     return
 
     def cut(self) -> None:
-        """End every link."""
+        """End every link, and those that are still to be collected as they come."""
+        self._is_over = True
         for link in list(self._open.values()):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
+            _end(link)
 
     def _take(self) -> bool:
         """The next link; False when the actor has closed its end, or is gone."""
@@ -50,7 +51,14 @@ class _Links:
         for fd in fds:
             self._open[fd] = socket.socket(fileno=fd)
             self._poll.register(fd, 0)  # asks for nothing: a hang-up on both sides, and an error, are always told
+            if self._is_over:
+                _end(self._open[fd])
         return bool(message)
+
+
+def _end(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
 
 
 def main() -> None:
@@ -61,6 +69,7 @@ def main() -> None:
     page = mmap.mmap(int(sys.argv[2]), mmap.PAGESIZE)
     if ctypes.CDLL(None).pthread_mutex_lock(ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))) == errno.EOWNERDEAD:
         links.cut()
+        collecting.join()
     os._exit(0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,3 +104,16 @@ def test_without_robust_mutexes_there_is_none_and_it_is_said(monkeypatch: pytest
     monkeypatch.delattr(os, "memfd_create")
     assert Sentinel.start() is None
     assert "no sentinel" in caplog.text
+
+
+def test_links_that_a_sentinel_has_not_taken_yet_when_its_actor_dies_end_as_well(ends: tuple[socket.socket, socket.socket]) -> None:
+    router, held_open = ends
+    script = ACTOR.replace("sentinel.guard(link)", "import os, signal; os.kill(sentinel.pid, signal.SIGSTOP); sentinel.guard(link)")
+    command = [sys.executable, "-c", script, str(held_open.fileno())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(held_open.fileno(),)) as actor:
+        assert actor.stdout is not None
+        sentinel_pid = int(actor.stdout.readline())
+        actor.kill()
+        actor.wait()
+        os.kill(sentinel_pid, signal.SIGCONT)
+        assert router.recv(1) == b""
