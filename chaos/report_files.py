@@ -23,10 +23,10 @@ CAPTION = (
     "nothing. "
     "`detected` is an upper bound: the first of the router noting a loss or an ejection, a look at it showing one, and an answer by another copy. "
     "`exact again` is when the last answer ended in which an expert that was struck was not exact, `all exact again` the same for any expert; "
-    "`not exact elsewhere` counts answers that were not exact for experts that nobody struck (on a busy machine late rows go to shadows, without a "
-    "fault, too); `copies again` is when the router's table "
+    "`not exact elsewhere` counts answers that were not exact for experts that nobody struck (on a busy machine rows of an actor that "
+    "gets no core go to shadows, without a fault, too); `copies again` is when the router's table "
     "had all full-precision copies again, none of them struck. `scheduler wait` is what the router's threads together waited for a core in each second "
-    "after the fault (and in the control window)."
+    "after the fault (and in the control window), the median of the runs."
 )
 
 

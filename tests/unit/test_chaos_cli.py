@@ -260,6 +260,15 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     assert invoke("report", str(tmp_path / "none.jsonl"))[0] == Ending.BAD_SCENARIO
 
 
+def test_a_time_that_was_not_held_stands_beside_what_the_router_waited_for_a_core_and_a_count_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(detected_ms=90.0, failed=1.0, sched_wait_ms=615.0, control_sched_wait_ms=453.0))
+    text = write_report(read_any(path), tmp_path / "out", source=path).read_text()
+    assert "| detected_ms | 90 | at most 30 | **not held**; scheduler wait 615 ms/s, control 453 ms/s |" in text
+    assert "| failed | 1 | equal to 0 | **not held** |" in text
+    assert "| 20 | 615 (453) | 90 (90) |" in text
+
+
 def test_a_report_is_made_even_when_no_fault_was_reached(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     append_record(path, record(0, "BASELINE_NOT_MET").model_copy(update={"affected_ms": [], "control_ms": []}))
