@@ -62,6 +62,10 @@ class ActorHealth:
         """What is thought of an incarnation, by its name."""
         return self._liveness.state(actor)
 
+    def standstill_s(self, actor: str, now_s: float) -> float | None:
+        """For how long an incarnation that owes rows has not advanced; None when it owes none."""
+        return self._liveness.standstill_s(actor, now_s)
+
     def adopt(self, table: RoutingTable) -> None:
         """Know the table's shadows, so that they can be made ready when a replica is suspected, and let go when one is there again.
 

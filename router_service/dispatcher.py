@@ -81,23 +81,33 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Hedging:
-    """When rows are late, and how many may be sent twice for it."""
+    """When rows are late, and how many may be sent twice for it.
+
+    A shadow's answer is not exact, so it is asked only where the actor that has the rows stands still, by `standstill_s(incarnation, now_s)`: one that
+    is merely busy keeps them, though not for ever. Where that is not known (None), lateness itself counts.
+    """
 
     lateness: Lateness
     budget: HedgeBudget
     min_shadow_delay_s: float = 0.0
+    standstill_s: Callable[[str, float], float | None] = lambda _actor, _now_s: None
 
-    def charge(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
-        """Whether rows that have been under way for so long may be sent to this other copy, too; if so they are charged."""
-        is_due = other.role is Role.REPLICA or late_s >= self._shadow_delay_s(num_rows)
+    def charge(self, late_s: float, still_s: float | None, num_rows: int, other: TableCopy) -> bool:
+        """Whether rows that are late by so much, at an actor that stands still for `still_s`, may be sent to this other copy, too; if so they are charged."""
+        is_due = other.role is Role.REPLICA or self._is_shadow_due(late_s, still_s, num_rows)
         return is_due and self.budget.take(num_rows)
 
-    def is_near(self, late_s: float, num_rows: int, other: TableCopy) -> bool:
-        """Whether this other copy is a shadow that rows which are late by so much may soon be sent to, so that it should be expanded by then.
+    def is_near(self, late_s: float, still_s: float | None, num_rows: int, other: TableCopy) -> bool:
+        """Whether this other copy is a shadow that such rows may soon be sent to, so that it should be expanded by then.
 
         Not from the first moment: a hundredth of all rows are late, and expanding shadows for those would cost their holders more than it saves.
         """
-        return other.role is Role.SHADOW and self.min_shadow_delay_s / 2 <= late_s < self._shadow_delay_s(num_rows)
+        waited_s = late_s if still_s is None else still_s
+        return other.role is Role.SHADOW and self.min_shadow_delay_s / 2 <= waited_s < self._shadow_delay_s(num_rows)
+
+    def _is_shadow_due(self, late_s: float, still_s: float | None, num_rows: int) -> bool:
+        delay_s = self._shadow_delay_s(num_rows)
+        return (late_s if still_s is None else still_s) >= delay_s or late_s >= _BUSY_PATIENCE * delay_s
 
     def _shadow_delay_s(self, num_rows: int) -> float:
         return max(self.min_shadow_delay_s, _SHADOW_PATIENCE * self.lateness.delay_s(num_rows))
@@ -206,19 +216,21 @@ class _UnderWay:
         for number, part in enumerate(self._flight.parts):
             if not self._flight.can_hedge(number):
                 continue
-            late_s = now_s - self._desk.stalled_s - self._sent_s[number, next(iter(part.live))]
+            attempt, copy = next(iter(part.live.items()))
+            late_s = now_s - self._desk.stalled_s - self._sent_s[number, attempt]
             if late_s < hedging.lateness.delay_s(part.rows.num_rows):
                 continue
-            if (order := self._flight.hedge(number, partial(self._charge, hedging, number, late_s))) is not None:
+            still_s = hedging.standstill_s(str(copy.incarnation), now_s)
+            if (order := self._flight.hedge(number, partial(self._charge, hedging, number, late_s, still_s))) is not None:
                 self._send([order])
         self._watch()
 
-    def _charge(self, hedging: Hedging, number: int, late_s: float, num_rows: int, other: TableCopy) -> bool:
+    def _charge(self, hedging: Hedging, number: int, late_s: float, still_s: float | None, num_rows: int, other: TableCopy) -> bool:
         """Whether a late part may be sent to this other copy, too. A shadow whose time has not come is made ready for it meanwhile, once."""
-        if hedging.is_near(late_s, num_rows, other) and number not in self._warmed:
+        if hedging.is_near(late_s, still_s, num_rows, other) and number not in self._warmed:
             self._warmed.add(number)
             self._desk.lanes.warm(self._experts[self._flight.parts[number].rows.index], other)
-        return hedging.charge(late_s, num_rows, other)
+        return hedging.charge(late_s, still_s, num_rows, other)
 
     def _watch(self) -> None:
         """Be looked at when the first of the parts that wait alone is late."""
@@ -326,6 +338,8 @@ class _UnderWay:
 _LOOK_AGAIN_S = 0.005
 # On a machine that is merely busy a shadow is no faster, and its answer is not exact.
 _SHADOW_PATIENCE = 1.5
+# Rows whose answers never come from an actor that advances (its replies are lost, others' rows go first) go to a shadow after so many times as long.
+_BUSY_PATIENCE = 4.0
 
 
 def _pick(desk: Dispatcher, job: Job, experts: Mapping[int, ExpertId], index: int, tried: Sequence[TableCopy]) -> TableCopy | None:

@@ -77,7 +77,7 @@ class RouterParts:
             rng,
             tracing=self.tracing,
             trust=self.trust,
-            hedging=_hedging(spec),
+            hedging=_hedging(spec, self.actor_health),
             max_tokens=limit,
             limits=_dispatch_limits(spec),
         )
@@ -184,12 +184,13 @@ def liveness_limits(spec: LivenessSpec) -> LivenessLimits:
     return LivenessLimits(**spec.model_dump())
 
 
-def _hedging(spec: ClusterSpec) -> Hedging | None:
+def _hedging(spec: ClusterSpec, health: ActorHealth) -> Hedging | None:
     wanted = spec.hedging
     if not wanted.enabled:
         return None
     burst_rows = 2 * spec.actors.frames_in_flight * spec.actors.max_tokens_per_frame
-    return Hedging(Lateness(wanted.quantile, wanted.min_delay_s), HedgeBudget(wanted.budget_fraction, burst_rows), wanted.min_shadow_delay_s)
+    lateness, budget = Lateness(wanted.quantile, wanted.min_delay_s), HedgeBudget(wanted.budget_fraction, burst_rows)
+    return Hedging(lateness, budget, wanted.min_shadow_delay_s, health.standstill_s)
 
 
 def _lanes(config: RouterConfig, secrets: RouterSecrets, watch: ActorHealth) -> Lanes:

@@ -128,7 +128,11 @@ class HedgingSpec(_Section):
     enabled: bool = True
     quantile: float = Field(0.99, gt=0.5, lt=1.0, description="rows later than this share of rows like them are hedged")
     min_delay_s: PositiveFloat = 0.01
-    min_shadow_delay_s: PositiveFloat = Field(0.075, description="a shadow's answer is not exact: it is asked as well only when rows are late by so much")
+    min_shadow_delay_s: PositiveFloat = Field(
+        0.075,
+        description="a shadow's answer is not exact: it is asked as well only when the actor that has the late rows has not advanced for so long, or they are"
+        " late by four times as much",
+    )
     budget_fraction: float = Field(0.05, ge=0.0, le=1.0, description="rows that may be sent a second time because they are late, as a share of all rows sent")
 
 

@@ -145,6 +145,11 @@ class Liveness:
             self._casualties.forget(watch)
             self._pending = [verdict for verdict in self._pending if verdict.actor != actor]
 
+    def standstill_s(self, actor: str, now_s: float) -> float | None:
+        """For how long an actor that owes rows has not advanced, by its answers and its own account; None when it owes none."""
+        watch = self._owing.get(actor)
+        return None if watch is None else now_s - self._late_s - watch.progressed_s
+
     def to_probe(self, now_s: float) -> list[str]:
         """Who owes rows and has been silent for `probe_s`: each is named once in so long."""
         clock_s, probe_s = now_s - self._late_s, self._limits.probe_s

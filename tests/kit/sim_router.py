@@ -129,7 +129,7 @@ class SimRouter:
         own = LinkLimits(max_tokens_per_frame=MAX_TOKENS, frames_in_flight=WINDOW, connect_timeout_s=0.5)
         self.lanes = Lanes(router_id=ROUTER_ID, link_secret=b"s" * 32, limits=own, drain_timeout_s=1.0, rng=rng, watch=self.health)
         self.budget = HedgeBudget(BUDGET_FRACTION, BURST_ROWS)
-        hedging = Hedging(Lateness(0.99, 0.01), self.budget)
+        hedging = Hedging(Lateness(0.99, 0.01), self.budget, standstill_s=self.health.standstill_s)
         lanes = _WatchedLanes(self.lanes, recorder)
         self.dispatcher = Dispatcher(lanes, lambda: self.table, rng, tracing=Tracing.disabled(), trust=self.trust, hedging=hedging)
         self.health.on_pulse = self.dispatcher.pulse

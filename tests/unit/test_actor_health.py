@@ -62,7 +62,7 @@ async def router(num_actors: int, *, hedge_s: float = NEVER_S, budget_rows: floa
         await lanes.apply(table)
         await lanes.wait_until_settled(10)
         health.adopt(table)
-        hedging = Hedging(Lateness(0.99, hedge_s), HedgeBudget(0.05, budget_rows))
+        hedging = Hedging(Lateness(0.99, hedge_s), HedgeBudget(0.05, budget_rows), standstill_s=health.standstill_s)
         pipeline = Pipeline(lanes, {NAME: served()}, lambda: table, random.Random(0), trust=trust, hedging=hedging)
         health.on_pulse = pipeline.dispatcher.pulse
         health.start()

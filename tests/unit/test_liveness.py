@@ -53,6 +53,23 @@ def test_an_answer_clears_suspicion_at_once() -> None:
     assert kinds(seen.tick()) == ["Clear"]
 
 
+def test_a_standstill_lasts_from_the_first_row_owed_or_the_last_frame_done_and_the_observers_own_lateness_is_no_part_of_it() -> None:
+    seen = Observed("n0/a", *OTHERS)
+    liveness = seen.liveness
+    assert liveness.standstill_s("n0/a", seen.now_s) is None
+    liveness.heard("n0/a", seen.now_s, frames_done=7)
+    seen.send("n0/a")
+    assert liveness.standstill_s("n0/a", seen.now_s + 0.03) == pytest.approx(0.03)
+    liveness.heard("n0/a", seen.now_s + 0.03, frames_done=7)
+    assert liveness.standstill_s("n0/a", seen.now_s + 0.03) == pytest.approx(0.03)
+    liveness.heard("n0/a", seen.now_s + 0.03, frames_done=8)
+    assert liveness.standstill_s("n0/a", seen.now_s + 0.05) == pytest.approx(0.02)
+    liveness.tick(seen.now_s + 0.06, late_s=0.02)
+    assert liveness.standstill_s("n0/a", seen.now_s + 0.06) == pytest.approx(0.01)
+    seen.answer("n0/a")
+    assert liveness.standstill_s("n0/a", seen.now_s) is None
+
+
 def test_a_pong_ends_suspicion_of_silence() -> None:
     seen = Observed("n0/a", *OTHERS)
     seen.send("n0/a")

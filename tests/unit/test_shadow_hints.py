@@ -1,4 +1,4 @@
-"""A shadow is made ready while rows that only it could take are late, before its time to be asked has come."""
+"""A shadow is made ready while rows that only it could take are late, before its time to be asked has come; an actor that advances keeps its rows."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ STEP_S = 0.005
 LATE_S, SHADOW_S = 0.02, 0.08
 
 
-def with_replicas(num_replicas: int) -> Setup:
-    """Every expert with so many replicas and a shadow; nobody answers."""
+def with_replicas(num_replicas: int, still_s: float | None = None) -> Setup:
+    """Every expert with so many replicas and a shadow; nobody answers, and everybody is said to stand still for so long."""
 
     def copies(_: int, index: int) -> list[TableCopy]:
         replicas = [copy_on(f"a{number}", version_of(index)) for number in range(num_replicas)]
         return [*replicas, copy_on("shadows", version_of(90 + index), role=Role.SHADOW)]
 
     lateness = Lateness(0.99, LATE_S, unlearned_s=0.0, unlearned_s_per_row=0.0)
-    made = setup(copies, hedging=Hedging(lateness, HedgeBudget(0.05, 1e6), SHADOW_S))
+    made = setup(copies, hedging=Hedging(lateness, HedgeBudget(0.05, 1e6), SHADOW_S, lambda _actor, _now_s: still_s))
     made.lanes.hold()
     return made
 
@@ -65,3 +65,23 @@ def test_no_shadow_is_hinted_at_that_would_not_be_asked_next(num_replicas: int, 
     roles = run_in_virtual_time(held_for(made, SHADOW_S - 2 * STEP_S, fidelity_exact=exact), VirtualLoop())
     assert set(roles) == {Role.REPLICA}
     assert made.lanes.warmed == []
+
+
+def test_rows_that_are_merely_late_stay_with_an_actor_that_advances_for_four_times_as_long() -> None:
+    made = with_replicas(1, still_s=0.0)
+    assert run_in_virtual_time(held_for(made, 4 * SHADOW_S - 2 * STEP_S), VirtualLoop()) == [Role.REPLICA] * E
+    assert made.lanes.warmed == []
+    made = with_replicas(1, still_s=0.0)
+    assert run_in_virtual_time(held_for(made, 4 * SHADOW_S + 3 * STEP_S), VirtualLoop()) == [Role.REPLICA] * E + [Role.SHADOW] * E
+
+
+def test_rows_of_an_actor_that_stands_still_go_to_a_shadow_once_they_are_late_and_not_before() -> None:
+    made = with_replicas(1, still_s=SHADOW_S)
+    assert run_in_virtual_time(held_for(made, LATE_S - STEP_S), VirtualLoop()) == [Role.REPLICA] * E
+    made = with_replicas(1, still_s=SHADOW_S)
+    assert run_in_virtual_time(held_for(made, LATE_S + 2 * STEP_S), VirtualLoop()) == [Role.REPLICA] * E + [Role.SHADOW] * E
+
+
+def test_another_replica_is_asked_though_the_actor_advances() -> None:
+    made = with_replicas(2, still_s=0.0)
+    assert run_in_virtual_time(held_for(made, LATE_S + 3 * STEP_S), VirtualLoop()) == [Role.REPLICA] * 2 * E
