@@ -17,6 +17,7 @@ import psutil
 
 from actors.expert_store import ExpertStore
 from actors.link_server import LinkServer
+from actors.quiet_import import import_quietly
 from actors.sentinel import Sentinel
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.errors import CheckpointError, MoeError, NotReady
@@ -104,6 +105,7 @@ class ExpertActor:
         return _Running(runtime, links, tracing, node_id, listening_host, port, faults, sentinel)
 
     def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> tuple[ExpertRuntime, FaultPort | None]:
+        import_quietly("torch", "actors.expert_runtime")
         import torch
 
         from actors.device import choose_device

@@ -1,0 +1,27 @@
+"""Imports that take seconds of a core, behind everything else that wants it: an actor that is being replaced starts beside those that answer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import threading
+from typing import Final
+
+NICENESS: Final = 10
+
+
+def import_quietly(*modules: str) -> None:
+    """Import in a thread of low priority; returns when that is done. An import that fails is left to the caller's own, which says why."""
+    thread = threading.Thread(target=_import, args=(modules,), name="quiet-import")
+    thread.start()
+    thread.join()
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    own = threading.get_native_id()
+    with contextlib.suppress(OSError):  # elsewhere than on Linux a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, own, max(NICENESS, os.getpriority(os.PRIO_PROCESS, own)))
+    with contextlib.suppress(ImportError):
+        for name in modules:
+            importlib.import_module(name)
