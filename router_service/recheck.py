@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.core.errors import DataLoss, MoeError, ReplicaError
+from cluster.core.ids import Role
 from cluster.core.routing_table import TableCopy
 from router_service.core.balance import pick_copy
 from router_service.core.dispatch import DispatchOrder, ExpertRows
 from router_service.core.doubt import Doubt, Question, Verdict, bad_rows, golden_row
 from router_service.core.segments import SegmentReply, SegmentRequest
+from router_service.core.trust import Rank
 from router_service.dispatcher import Dispatcher, Job
 
 NON_FINITE = "non_finite"
@@ -65,6 +67,11 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
     answer: SegmentReply | None = None
     num_asked = 0
     while isinstance(step, Question):
+        if step.is_golden:
+            if dispatcher.trust.rank(job.expert(part.index), accused) is Rank.NEVER:  # another call has convicted it meanwhile
+                answer, step = None, Verdict.BLAMED
+                break
+            _warm_shadow(dispatcher, job, part)
         num_asked += 1
         try:
             answer = await _ask(dispatcher, job, part, step, first.attempt + num_asked)
@@ -82,6 +89,15 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
         if step is Verdict.BLAMED and answer is not None and len(answer.rows) == part.num_rows and answer.incarnation != accused.incarnation:
             job.replies[part.index] = answer
     return step
+
+
+def _warm_shadow(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> None:
+    """The golden row may convict the only full copy there is: have a shadow made ready while it is under way."""
+    expert = job.expert(part.index)
+    copies = (dispatcher.table() or job.table).copies_of(expert) if job.uses_shadows else ()
+    shadow = next((copy for copy in copies if copy.role is Role.SHADOW and copy not in job.avoid[part.index]), None)
+    if shadow is not None:
+        dispatcher.lanes.warm(expert, shadow)
 
 
 async def _ask_again(dispatcher: Dispatcher, job: Job, parts: Sequence[ExpertRows]) -> Mapping[int, str]:

@@ -111,6 +111,31 @@ async def test_without_a_witness_a_golden_row_convicts_and_the_shadow_answers() 
     assert golden[0].copy.version == SICK
 
 
+async def test_a_shadow_is_made_ready_while_the_golden_row_is_under_way_unless_the_call_is_exact() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
+    await made.pipeline.run(chosen())
+    assert [(expert.index, copy.role) for expert, copy in made.lanes.warmed] == [(2, Role.SHADOW)]
+    made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
+    with pytest.raises(ExpertUnavailable):
+        await made.pipeline.run(chosen(fidelity_exact=True))
+    assert made.lanes.warmed == []
+
+
+async def test_a_copy_that_another_call_has_convicted_meanwhile_is_not_asked_for_a_golden_row_again() -> None:
+    made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
+    made.lanes.hold()
+    calls = [asyncio.create_task(made.pipeline.run(chosen())) for _ in range(3)]
+    await made.lanes.wait_until_submitted(9)
+    trust, expert = made.pipeline.dispatcher.trust, ExpertId(NAME, 3, 2)
+    trust.accuse(expert, made.table.copies_of(expert)[0], "non_finite", by="another", now_s=0.0)
+    made.lanes.let_go()
+    for reply in await asyncio.gather(*calls):
+        assert (reply.report.exact, reply.report.shadow) == (6, 2)
+        assert torch.isfinite(reply.hidden_states).all()
+    assert not [request for request in made.lanes.requests if len(request.rows) == 1]
+    assert sum(trust.take_accusations().values()) == 1
+
+
 async def test_the_only_copy_convicted_leaves_the_call_unavailable_and_an_exact_call_never_takes_the_shadow() -> None:
     for roles, fields in (([(Role.REPLICA, SICK)], {}), ([(Role.REPLICA, SICK), (Role.SHADOW, version_of(2))], {"fidelity_exact": True})):
         made = made_of(*roles)
