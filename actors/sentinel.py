@@ -24,7 +24,7 @@ _SHARED: Final = 1  # PTHREAD_PROCESS_SHARED
 _ROBUST: Final = 1  # PTHREAD_MUTEX_ROBUST
 _ATTRIBUTE_BYTES: Final = 64  # of a pthread_mutexattr_t, and more
 _START_S: Final = 5.0
-_END_S: Final = 2.0
+_END_S: Final = 0.25  # of its thread and of its process: an actor that stops has promised to be quick
 logger = logging.getLogger(__name__)
 
 
