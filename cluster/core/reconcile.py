@@ -203,7 +203,7 @@ class _Step:
         self.notes += plan.troubles
         if layout.homeless:
             self.notes.append(f"{len(layout.homeless)} shadows fit on no actor beside their replicas; raise actors.slots_per_actor or actors.count")
-        assumes, missing = assumptions(plan, self.actors, self.memory)
+        assumes, missing = assumptions(plan, self.actors, self.memory, layout, self.told.hot)
         self.actions += [action for action in assumes if self.memory.may_try(action.key, self.now_s)]
         for copy, homes in layout.wanted():
             for home in homes:
