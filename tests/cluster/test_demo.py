@@ -34,7 +34,7 @@ def test_the_demo_serves_scores_and_generates_as_one_process_does(shared_cluster
     written = {path.name for path in settings.out_dir.iterdir()}
     assert {"report.json", "trace.json", "traces", "cluster.yaml", "deploy.log"} <= written
     assert json.loads((settings.out_dir / "report.json").read_text())["model"] == "tiny-moe-lm"
-    for line in ("install ", "actor-0 32/36 slots", "actor-1 32/36 slots"):
+    for line in ("install ", "96 replicas, 32 shadows", "actor-0 64/72 slots", "actor-1 64/72 slots"):
         assert line in file.getvalue()
     for word in ("Score", "Generate", "Usage", "Trace", "Everything stopped, nothing left behind."):
         assert word in file.getvalue()
