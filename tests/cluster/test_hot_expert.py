@@ -149,7 +149,7 @@ def test_a_hot_expert_gets_a_replica_under_traffic_and_loses_it_when_cold(deploy
             assert further.node_id != home.node_id
             both = traffic.hot_rows_from_now()
             traffic.until(lambda: {home.generation, further.generation} <= set(both), "rows reach both replicas")
-            (hot,) = told(deployment)["hot"]
+            (hot,) = deployment.told()["hot"]
             assert (hot["layer"], hot["index"], hot["actor_id"]) == (LAYER, HOT, further.actor_id)
             assert hot["reason"].startswith("hot: ")
             traffic.turn(even())
@@ -162,24 +162,17 @@ def test_a_hot_expert_gets_a_replica_under_traffic_and_loses_it_when_cold(deploy
         assert traffic.num_ok == traffic.num_sent
         assert client.status().requests_failed == 0
     wait_until(lambda: num_slots_of_the_hot_expert(deployment) == 1, "its slot is free again", timeout_s=LIMIT_S)
-    assert told(deployment)["hot"] == []
+    assert deployment.told()["hot"] == []
     assume, drain, release = decided(deployment, f"{further.actor_id}/g{further.generation}")
     assert (assume["action"], drain["action"], release["action"]) == ("assume", "drain", "release")
     assert assume["reason"] == hot["reason"]
     assert drain["epoch"] >= assume["epoch"] + 2, "it was published and withdrawn between"
 
 
-def told(deployment: Deployment) -> dict[str, Any]:
-    """The controller's status; it may miss a question on a busy machine."""
-    answers: list[dict[str, Any]] = []
-    wait_until(lambda: answers.append(deployment.control()) or bool(answers[-1]), "the controller answers", timeout_s=LIMIT_S)
-    return answers[-1]
-
-
 def num_slots_of_the_hot_expert(deployment: Deployment) -> int:
-    return sum((slot["layer"], slot["index"]) == (LAYER, HOT) for actor in told(deployment)["actors"] for slot in actor["slots"])
+    return sum((slot["layer"], slot["index"]) == (LAYER, HOT) for actor in deployment.told()["actors"] for slot in actor["slots"])
 
 
 def decided(deployment: Deployment, life: str) -> list[dict[str, Any]]:
     """What the controller decided about the hot expert alone on this actor, in order."""
-    return [entry for entry in told(deployment)["decisions"] if entry["target"] == f"m:{LAYER}/{HOT} on {life}"]
+    return [entry for entry in deployment.told()["decisions"] if entry["target"] == f"m:{LAYER}/{HOT} on {life}"]
