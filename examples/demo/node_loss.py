@@ -71,6 +71,7 @@ class Writer:
         self._models, self._model, self._experts, self._num_tokens = models, model, experts, num_tokens
         self.clock = TokenClock(num_tokens // 4, lambda: num_degraded(experts.usage().outcomes))
         self._ids: list[int] = []
+        self._outcomes: dict[str, int] = {}
         self.error = ""
 
     def run(self) -> None:
@@ -80,6 +81,7 @@ class Writer:
             self._ids = self._models.continue_exactly(self._model, PROMPT, self._num_tokens, streamer=self.clock)
         except MoeError as caught:
             self.error = f"{type(caught).__name__}: {caught}"
+        self._outcomes = {name: count for name, count in self._experts.usage().outcomes.items() if count}
 
     def told(self, killed_s: float, twin: Sequence[int]) -> LossText:
         """What its caller noticed. `twin` are the tokens that one process says."""
@@ -92,7 +94,7 @@ class Writer:
             error=self.error,
             longest_stall_s=max(gaps),
             usual_gap_s=sorted(gaps)[len(gaps) // 2],
-            outcomes={name: count for name, count in self._experts.usage().outcomes.items() if count},
+            outcomes=self._outcomes,
             num_same_tokens=num_same(self._ids, twin),
             text_before=decode(self._ids[:killed_at], skip_special_tokens=True),
             text_after=decode(self._ids[killed_at:], skip_special_tokens=True),
