@@ -172,7 +172,7 @@ def _deployed_line(facts: StatusFacts, connection: Connection) -> str:
     actors, routers = facts.control.get("actors", ()), facts.control.get("routers", ())
     roles = Counter(slot["role"] for actor in actors for slot in actor["slots"])
     copies = f"{roles[Role.REPLICA]} replicas, {roles[Role.SHADOW]} shadows"
-    return f"{len(actors)} expert actors, {copies}, {len(routers)} router on {connection.router_address}"
+    return f"{len(actors)} actors, {copies}, {len(routers)} router on {connection.router_address}"
 
 
 def install_seconds(prefix: Path) -> float | None:
