@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chaos.target import LocalTarget
 
 EXIT_CRASHED = 70  # EX_SOFTWARE of sysexits.h
-app = typer.Typer(help="Faults on purpose, on a local cluster whose spec allows them.", no_args_is_help=True)
+app = typer.Typer(help="Faults on purpose, on a local cluster whose spec allows them.", no_args_is_help=True, rich_markup_mode=None)
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of the local cluster; default: .moelastic/local/default")]
 
 

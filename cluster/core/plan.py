@@ -17,6 +17,7 @@ from cluster.core.lifecycle import ActorView, Life, needs_repair
 from cluster.core.load import Load
 from cluster.core.memory import Memory, Withdrawal, load_key
 from cluster.core.placement import Layout
+from cluster.core.replication import Warmth
 from cluster.core.routing_table import ActorEndpoint, TableCopy, TableModel
 from cluster.core.spec import ClusterSpec
 from cluster.core.status import SlotState
@@ -323,7 +324,9 @@ def _is_known(view: ActorView, copy: CopyId, memory: Memory, now_s: float, route
     return acknowledged or now_s - withdrawal.since_s >= WITHDRAWAL_GRACE_S
 
 
-def assumptions(plan: CopyPlan, actors: Mapping[str, ActorView], memory: Memory) -> tuple[list[Assume], dict[tuple[str, str], set[CopyId]]]:
+def assumptions(
+    plan: CopyPlan, actors: Mapping[str, ActorView], memory: Memory, layout: Layout, hot: Mapping[ExpertId, Warmth]
+) -> tuple[list[Assume], dict[tuple[str, str], set[CopyId]]]:
     """Assumes of what the actor's node has in its store, and by (node, model) the copies it still needs."""
     ready: list[Assume] = []
     missing: dict[tuple[str, str], set[CopyId]] = defaultdict(set)
@@ -336,6 +339,13 @@ def assumptions(plan: CopyPlan, actors: Mapping[str, ActorView], memory: Memory)
             else:
                 missing[view.record.node_id, copy.expert.model].add(copy)
         if here:
-            repaired = any((actor_id, copy) in plan.repairs for copy in here)
-            ready.append(Assume(view.incarnation, tuple(here), "its home cannot hold it now" if repaired else "belongs here"))
+            ready.append(Assume(view.incarnation, tuple(here), _why(actor_id, here, plan, layout, hot)))
     return ready, missing
+
+
+def _why(actor_id: str, copies: Sequence[CopyId], plan: CopyPlan, layout: Layout, hot: Mapping[ExpertId, Warmth]) -> str:
+    """One reason for all of them, for people: a repair before heat, heat before the plain goal."""
+    if any((actor_id, copy) in plan.repairs for copy in copies):
+        return "its home cannot hold it now"
+    further = (copy.expert for copy in copies if actor_id in layout.further.get(copy, ()))
+    return next((hot[expert].why for expert in further if expert in hot), "belongs here")

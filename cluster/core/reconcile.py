@@ -203,21 +203,23 @@ class _Step:
         self.notes += plan.troubles
         if layout.homeless:
             self.notes.append(f"{len(layout.homeless)} shadows fit on no actor beside their replicas; raise actors.slots_per_actor or actors.count")
-        assumes, missing = assumptions(plan, self.actors, self.memory)
+        assumes, missing = assumptions(plan, self.actors, self.memory, layout, self.told.hot)
         self.actions += [action for action in assumes if self.memory.may_try(action.key, self.now_s)]
         for copy, homes in layout.wanted():
             for home in homes:
                 node_id = roster.node_of.get(home, "")
                 if node_id and not self.memory.has_stored(node_id, copy):
                     missing[node_id, copy.expert.model].add(copy)
+        why = "its actors will serve them"
         if self.spec.repair.stock and self.spec.store.max_bytes is None and self.memory.inexact_since_s is None and not missing:
             stock = stock_missing(layout, roster.node_of, self.memory)
+            why = "kept there so that free slots can take them without an import" if stock else why
             missing.update({place: stock[place] for place in sorted(stock)[: self.spec.actors.start_parallelism]})
         if self.head is not None:
             for name in manifests:
                 if (self.head.node_id, name) not in self.memory.stored:
                     missing[self.head.node_id, name] |= set()
-        self._imports(missing)
+        self._imports(missing, why)
 
     def _note_failed_slots(self) -> None:
         published = set(self.memory.published.held()) if any(slot.state is SlotState.FAILED for view in self.actors.values() for slot in view.slots) else set()
@@ -231,13 +233,13 @@ class _Step:
                     memory = with_strike_of(memory, view.incarnation, self.now_s) if was_ready else memory
                     self.memory = without_stored_copy(memory, view.record.node_id, slot.copy)
 
-    def _imports(self, missing: Mapping[tuple[str, str], set[CopyId]]) -> None:
+    def _imports(self, missing: Mapping[tuple[str, str], set[CopyId]], why: str) -> None:
         alive = {node.node_id for node in self.status.nodes if node.alive}
         for (node_id, model), copies in sorted(missing.items()):
             experts = frozenset((copy.expert.layer, copy.expert.index) for copy in copies if copy.role is Role.REPLICA)
             shadows = frozenset(copy for copy in copies if copy.role is Role.SHADOW)
             distrusted = frozenset(copy.version for copy in copies if (node_id, copy.version) in self.memory.distrusted)
-            action = ImportExperts(node_id, model, experts, "its actors will serve them", shadows, distrusted)
+            action = ImportExperts(node_id, model, experts, why, shadows, distrusted)
             if node_id in alive and self.memory.may_try(action.key, self.now_s):
                 self.actions.append(action)
 

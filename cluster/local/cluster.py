@@ -146,21 +146,25 @@ def _launch(settings: LocalSettings, folder: RunFolder, state: LocalState, progr
         # A session of its own: Ctrl-C in the starter's terminal reaches the starter only, which then ends this in order.
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # noqa: S603
     try:
-        _follow(launcher, folder, progress, deadline_s=time.monotonic() + settings.start_timeout_s)
+        _follow(launcher, folder, progress, limit_s=settings.start_timeout_s)
     finally:
         if launcher.stdout is not None:
             launcher.stdout.close()
 
 
-def _follow(launcher: subprocess.Popen[bytes], folder: RunFolder, progress: Callable[[str], None], *, deadline_s: float) -> None:
+def _follow(launcher: subprocess.Popen[bytes], folder: RunFolder, progress: Callable[[str], None], *, limit_s: float) -> None:
     """Pass the launcher's steps on until it is ready; raises FleetError."""
+    deadline_s = time.monotonic() + limit_s
     lines: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read_lines, args=(launcher.stdout, lines), daemon=True).start()
     while True:
         try:
             line = lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except queue.Empty:
-            message = f"the local cluster was not ready in time; raise start_timeout_s; log: {folder.launch_log}"
+            message = (
+                f"the local cluster was not ready within {limit_s:.0f} s, and what had started was ended; if this machine is busy, try again when it is"
+                f" not, or with fewer nodes (--nodes); log: {folder.launch_log}"
+            )
             raise FleetError(message) from None
         if not line:
             message = f"the launcher ended early; the end of {folder.launch_log}:\n{_tail(folder.launch_log)}"

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from examples.demo.settings import DemoReport, DemoSettings, DomainResult, NodeLoss
+from examples.demo.settings import DemoReport, DemoSettings, DomainResult, LossText, NodeLoss
 
 SHADES = " ░▒▓█"
 NAME_WIDTH = 9
 STEP_WIDTH = 24
 SAMPLE_WIDTH = 110
 BEFORE_WIDTH = 40
+LOSS_WIDTH = 21
 
 
 class Layout:
@@ -114,17 +115,51 @@ def tree_lines(control: dict[str, Any]) -> list[str]:
 
 def node_loss_lines(loss: NodeLoss, settings: DemoSettings) -> str:
     """Measured figures only."""
-    outcomes = ", ".join(f"{name} {count:,}" for name, count in sorted(loss.outcomes.items()))
-    text = "equal to one process" if loss.is_text_equal else f"DIFFERS from one process {loss.error}".rstrip()
-    again = f"all {loss.num_copies_wanted} copies again" if loss.copies_again_s is not None else f"{loss.num_copies} of {loss.num_copies_wanted} copies"
-    mended = f"{again} {_after(loss.copies_again_s, settings)}   lost actors replaced {_after(loss.actors_again_s, settings)}"
-    return (
-        f"{loss.node} killed ({loss.num_killed} processes) while generating, at token {loss.killed_at_token} of {loss.num_tokens}; the request kept running\n"
-        f"failed requests {loss.num_failed}   longest stall {1e3 * loss.longest_stall_s:.0f} ms (usual gap {1e3 * loss.usual_gap_s:.0f} ms)"
-        f"   choices: {outcomes}   text {text}\n"
-        f"{_quoted(loss.text_before)[-BEFORE_WIDTH:]} | {_quoted(loss.text_after)[:SAMPLE_WIDTH]}\n"
-        f"{mended}"
+    exact, frugal = loss.exact, loss.frugal
+    ends = f"at tokens {exact.killed_at_token} and {frugal.killed_at_token} of {settings.loss_tokens}"
+    again = f"all {loss.num_copies_wanted} replicas again" if loss.copies_again_s is not None else f"{loss.num_copies} of {loss.num_copies_wanted} replicas"
+    return "\n".join(
+        (
+            f"{loss.node} killed ({loss.num_killed} processes) while two texts were generated, {ends}; failed requests {loss.num_failed}",
+            _loss_row(f"exact, {settings.replicas} replicas", _felt(exact)),
+            _loss_row("", f"text {_closeness(exact)}"),
+            _loss_row("", _said(exact)),
+            _loss_row("any copy, 1 replica", _felt(frugal)),
+            _loss_row("and shadows", _degraded(frugal, settings)),
+            _loss_row("", f"text {_closeness(frugal)}"),
+            _loss_row("", _said(frugal)),
+            _loss_row("repair", f"{again} {_after(loss.copies_again_s, settings)}   lost actors replaced {_after(loss.actors_again_s, settings)}"),
+        )
     )
+
+
+def _loss_row(name: str, text: str) -> str:
+    return f"{name:<{LOSS_WIDTH}}{text}"
+
+
+def _felt(text: LossText) -> str:
+    """What a caller notices without looking at the text: a pause, and who answered."""
+    outcomes = ", ".join(f"{name} {count:,}" for name, count in text.outcomes.items())
+    return f"longest stall {1e3 * text.longest_stall_s:.0f} ms (usual gap {1e3 * text.usual_gap_s:.0f} ms)   choices: {outcomes}"
+
+
+def _degraded(text: LossText, settings: DemoSettings) -> str:
+    """From the first answer that was not exact to the last, as its tokens show it."""
+    if text.first_degraded_s is None:
+        return "no answer after the kill was degraded"
+    first = f"first degraded answer {1e3 * text.first_degraded_s:.0f} ms after"
+    return f"{first}   {text.num_degraded_tokens} tokens with one   exact again {_after(text.exact_again_s, settings)}"
+
+
+def _closeness(text: LossText) -> str:
+    if text.is_text_equal:
+        return f"equal to one process, all {text.num_tokens} tokens"
+    return f"DIFFERS from one process after {text.num_same_tokens} tokens {text.error}".rstrip()
+
+
+def _said(text: LossText) -> str:
+    """The text where the node died."""
+    return f"{_quoted(text.text_before)[-BEFORE_WIDTH:]} | {_quoted(text.text_after)[:SAMPLE_WIDTH]}"
 
 
 def _quoted(text: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from router_service.client import RouterClient
 from router_service.hf import ClusterExperts, register_cluster_experts
 
 SAMPLE_SEED = 7
+REPETITION_PENALTY = 1.2  # greedy, so small a model would say one thing for ever
+FRUGAL = "moelastic_frugal"
 
 
 @dataclass
@@ -34,32 +36,51 @@ class Clock:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def num_degraded(outcomes: Mapping[str, int]) -> int:
+    """Choices that were answered, but not by a full-precision copy."""
+    return sum(count for name, count in outcomes.items() if name not in {"exact", "unused"})
+
+
 @dataclass
 class Models:
-    """One tokenizer and three models that must agree."""
+    """One tokenizer and three models that must agree; and `frugal`, whose experts have one replica and shadows in the cluster."""
 
     tokenizer: Any
     remote: Any
     twin: Any
     eager: Any
+    frugal: Any
     experts: ClusterExperts
+    frugal_experts: ClusterExperts
     client: RouterClient
+    name: str
     outcomes: Counter[str] = field(default_factory=Counter)
     scored: Clock = field(default_factory=Clock)
     generated: Clock = field(default_factory=Clock)
 
     @classmethod
-    def load(cls, folder: Path, *, client: RouterClient) -> Models:
-        """Load all three; the remote one loads without its experts."""
+    def load(cls, settings: DemoSettings, *, client: RouterClient) -> Models:
+        """Load them all; those with remote experts load without any."""
         torch.set_num_threads(1)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        experts = register_cluster_experts(client=client)
+        experts = register_cluster_experts(client=client, model=settings.model_name)
+        frugal_experts = register_cluster_experts(client=client, model=settings.frugal_name, name=FRUGAL)
 
         def load(implementation: str) -> Any:  # noqa: ANN401  # transformers' models have no common type with generate()
-            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=implementation).eval()
+            return AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", experts_implementation=implementation).eval()
 
-        return cls(AutoTokenizer.from_pretrained(folder), load("moelastic"), load("moelastic_reference"), load("eager"), experts, client)
+        return cls(
+            tokenizer=AutoTokenizer.from_pretrained(settings.model),
+            remote=load("moelastic"),
+            twin=load("moelastic_reference"),
+            eager=load("eager"),
+            frugal=load(FRUGAL),
+            experts=experts,
+            frugal_experts=frugal_experts,
+            client=client,
+            name=settings.model_name,
+        )
 
     def examine(self, domain: str, settings: DemoSettings) -> DomainResult:
         """Score the domain's held-out text with all three and continue its prompt with two; the usage is the text's, by `layer/expert`."""
@@ -89,14 +110,22 @@ class Models:
 
     def accept_exact_only(self) -> None:
         """From here on the remote model takes full-precision answers only: fidelity `exact`."""
-        self.experts = register_cluster_experts(client=self.client, fidelity="exact")
+        self.experts = register_cluster_experts(client=self.client, model=self.name, fidelity="exact")
 
     def continue_exactly(self, model: Any, domain: str, num_tokens: int, *, streamer: Any = None) -> list[int]:  # noqa: ANN401
-        """The ids of exactly this many tokens after the domain's prompt, whether the text would have ended before or not."""
+        """The ids of exactly this many tokens after the domain's prompt, whether the text would have ended before or not; equal logits give equal text."""
         inputs = self.tokenizer(PROMPTS[domain], return_tensors="pt")
         limits = {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
-        made = model.generate(**inputs, **limits, do_sample=False, pad_token_id=self.tokenizer.eos_token_id, streamer=streamer)
+        limits |= {"do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+        made = model.generate(**inputs, **limits, pad_token_id=self.tokenizer.eos_token_id, streamer=streamer)
         return [int(token) for token in made[0, inputs["input_ids"].shape[1] :]]
+
+    def count_degraded(self) -> int:
+        """Choices of one short forward pass of the frugal model that were not exact."""
+        self.frugal_experts.start_usage()
+        with torch.inference_mode():
+            self.frugal(**self.tokenizer(PROMPTS["code"], return_tensors="pt"))
+        return num_degraded(self.frugal_experts.usage().outcomes)
 
     def trace_one_pass(self, tracing: Tracing) -> None:
         """One short forward pass as one trace."""

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from cluster.cli.status_facts import StatusFacts, gather
 from cluster.config import dump_config
 from cluster.core.actor_config import TelemetryConfig
 from cluster.core.errors import FleetError
+from cluster.core.ids import Role
 from cluster.deploy.connection import FILE_NAME, Connection, read_token
 from cluster.local import processes
 from cluster.local.cluster import LocalCluster
@@ -109,8 +111,8 @@ def _measure(settings: DemoSettings, cluster: LocalCluster, connection: Connecti
         with layout.waiting("loading the model without its experts"), _timed(seconds, "load"):
             from examples.demo.models import Models  # imports torch and transformers: seconds that the cluster's start did not wait for
 
-            models = Models.load(settings.model, client=client)
-        info = client.model()
+            models = Models.load(settings, client=client)
+        info = client.model(settings.model_name)
         num_experts = sum(layer.num_experts for layer in info.layers)
         layout.step("checkpoint", f"verified {num_experts} experts, {len(info.layers)} gates, sha256 ok ({info.manifest[:12]})", seconds["load"])
         with layout.waiting("scoring and generating through the router"), _timed(seconds, "measure"):
@@ -119,7 +121,7 @@ def _measure(settings: DemoSettings, cluster: LocalCluster, connection: Connecti
         report = _report(settings, info.name, len(client.routing_table().actors), models, domains, trace, seconds)
         layout.report(report)
         if settings.loses_node:
-            with layout.waiting("killing a node while text is generated"), _timed(seconds, "node loss"):
+            with layout.waiting("killing a node while two texts are generated"), _timed(seconds, "node loss"):
                 models.accept_exact_only()
                 report = report.model_copy(update={"node_loss": lose_a_node(settings, cluster, connection, models, client)})
             layout.node_loss(report, settings)
@@ -168,8 +170,9 @@ def _trace_one_pass(settings: DemoSettings, models: Models, tracing: Tracing) ->
 
 def _deployed_line(facts: StatusFacts, connection: Connection) -> str:
     actors, routers = facts.control.get("actors", ()), facts.control.get("routers", ())
-    copies = f"{facts.control.get('num_copies_ready', 0)} expert copies"
-    return f"{len(actors)} expert actors, {copies}, {len(routers)} router on {connection.router_address}"
+    roles = Counter(slot["role"] for actor in actors for slot in actor["slots"])
+    copies = f"{roles[Role.REPLICA]} replicas, {roles[Role.SHADOW]} shadows"
+    return f"{len(actors)} actors, {copies}, {len(routers)} router on {connection.router_address}"
 
 
 def install_seconds(prefix: Path) -> float | None:

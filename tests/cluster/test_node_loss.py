@@ -37,11 +37,11 @@ def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
 
 @pytest.mark.timeout(600)
 def test_a_lost_node_costs_no_request_changes_no_token_and_is_replaced(cluster: LocalCluster, tmp_path: Path) -> None:
-    settings = DemoSettings(out_dir=tmp_path, num_nodes=3, num_actors=3, gpus_per_actor=0.5, free_slots=12, loss_tokens=NUM_TOKENS, loss_limit_s=LIMIT_S)
+    settings = DemoSettings(out_dir=tmp_path, num_nodes=3, num_actors=3, gpus_per_actor=0.5, free_slots=24, loss_tokens=NUM_TOKENS, loss_limit_s=LIMIT_S)
     with deployed(cluster, settings.spec(), tmp_path) as deployment:
         connection = deployment.connection
         with RouterClient(connection.router_address, token=read_token(connection.token_path), timeout_s=30.0) as client:
-            models = Models.load(settings.model, client=client)
+            models = Models.load(settings, client=client)
             models.accept_exact_only()
             before = gather(connection)
             victim = choose_victim(before)
@@ -54,11 +54,16 @@ def test_a_lost_node_costs_no_request_changes_no_token_and_is_replaced(cluster: 
             assert not [pid for pid in victims if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
             assert loss.num_killed > len(victims)
             assert loss.is_good, loss
-            assert (loss.num_failed, loss.is_text_equal, loss.num_tokens) == (0, True, NUM_TOKENS)
-            assert loss.outcomes["exact"] == sum(loss.outcomes.values())
-            assert (loss.num_copies, loss.num_copies_wanted) == (64, 64)
+            exact, frugal = loss.exact, loss.frugal
+            assert (loss.num_failed, exact.num_tokens, frugal.num_tokens) == (0, NUM_TOKENS, NUM_TOKENS)
+            assert exact.is_text_equal
+            assert exact.outcomes["exact"] == sum(exact.outcomes.values())
+            assert sum(frugal.outcomes.values()) == sum(exact.outcomes.values())
+            # How much is degraded is a matter of time: on a busy machine the copies may be there again before the next row is.
+            assert frugal.is_text_equal or set(frugal.outcomes) > {"exact"}
+            assert (loss.num_copies, loss.num_copies_wanted) == (96, 96)
             assert loss.actors_again_s is not None
-            assert count_copies(client, victim["node_id"], 2) == (64, True)
+            assert count_copies(client, victim["node_id"], {model.name: model.replicas for model in settings.models()}) == 96
         after = gather(connection)
         assert {actor["actor_id"] for actor in after.control["actors"]} == {actor["actor_id"] for actor in before.control["actors"]}
         with pytest.raises(FleetError, match="not a running node"):

@@ -110,6 +110,8 @@ async def test_hot_expert_gets_a_replica_in_a_free_slot_and_loses_it_when_cold_w
     assert (entry.layer, entry.index) == (1, 2)
     assert entry.reason.startswith("hot: ")
     assert entry.actor_id in {life.partition("/")[0] for life in rig.published_on(copy)} - {"actor-2"}
+    whys = [decision.reason for decision in rig.controller.store.decisions() if decision.action == "assume" and decision.target.startswith(f"{hot} on")]
+    assert [why.partition(":")[0] for why in whys] == ["hot"], "the record says why it was copied"
     heat_up(rig)
     await rig.until(lambda: len(rig.published_on(copy)) == 1)
     await rig.until(lambda: len(rig.fleet.ready_copies()[copy]) == 1)
