@@ -2,7 +2,8 @@
 
 Another full-precision copy is the witness: a row that is finite there and not with the accused copy blames the latter; the same rows not finite with
 both overflow healthy weights and nobody is to blame. A witness that fails on further rows tells nothing: the next one is asked. Without a witness the
-accused copy is asked for a golden row, which healthy weights answer with finite numbers. A shadow never testifies.
+accused copy is asked for a golden row, which healthy weights answer with finite numbers. That clears the copy as it is now, not as it was when it gave
+its answer: it may have erred once, or have been loaded anew since. So only rows that it cannot do a second time either overflow. A shadow never testifies.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Doubt:
         self._next_full = next_full
         self._asked = [accused]
         self._is_golden = False
+        self._is_second_look = False
 
     def begin(self) -> Question:
         """The first question."""
@@ -56,8 +58,11 @@ class Doubt:
     def answered(self, bad: Iterable[int]) -> Question | Verdict:
         """What the answer to the last question means, whose rows `bad` are not finite."""
         witnessed = frozenset(bad)
+        if self._is_second_look:
+            return Verdict.OVERFLOW if self._bad <= witnessed else Verdict.OPEN
         if self._is_golden:
-            return Verdict.BLAMED if witnessed else Verdict.OVERFLOW
+            self._is_second_look = True
+            return Verdict.BLAMED if witnessed else Question(self._accused, is_golden=False)
         if self._bad - witnessed:
             return Verdict.BLAMED
         return Verdict.OVERFLOW if witnessed == self._bad else self._question()

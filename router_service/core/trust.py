@@ -37,6 +37,7 @@ class Trust:
         self.actors: dict[str, Rank] = {}
         self._accused: dict[tuple[ExpertId, TableCopy], str] = {}
         self._counts: Counter[Accusation] = Counter()
+        self._table: RoutingTable | None = None
         self._by_tenant: dict[str, tuple[float, int]] = {}
         self.on_accused: Callable[[], None] = lambda: None
 
@@ -61,9 +62,10 @@ class Trust:
     def accuse(self, expert: ExpertId, copy: TableCopy, kind: str, *, by: str, now_s: float) -> bool:
         """A copy gave wrong numbers (`kind`: non_finite, checksum) to a tenant's rows.
 
-        False: this tenant has accused so many within a minute that one more is not believed. Beyond MAX_ACCUSED the oldest accusation is forgotten.
+        False: this tenant has accused so many within a minute that one more is not believed; or the newest table has no such copy any more: nobody is
+        sent to it, and where it comes back it was loaded anew. Beyond MAX_ACCUSED the oldest accusation is forgotten.
         """
-        if not self._may_accuse(by, now_s):
+        if (self._table is not None and copy not in self._table.copies_of(expert)) or not self._may_accuse(by, now_s):
             return False
         self._accused[expert, copy] = kind
         self._counts[expert, copy, kind] += 1
@@ -82,12 +84,17 @@ class Trust:
         return True
 
     def take_accusations(self) -> Counter[Accusation]:
-        """What was seen since the last call, for the controller."""
+        """Every accusation that stands, with how often it was seen since the last call, for the controller.
+
+        All of them each time: whoever was told before may have ended before it did anything, or believed only so many. Nobody else would ever take a
+        copy out that is asked no more.
+        """
         counts, self._counts = self._counts, Counter()
-        return counts
+        return Counter({(*key, kind): counts[*key, kind] for key, kind in self._accused.items()})
 
     def adopt(self, table: RoutingTable) -> None:
         """Forget what the table no longer has."""
+        self._table = table
         self._accused = {key: kind for key, kind in self._accused.items() if key[1] in table.copies_of(key[0])}
         names = {str(endpoint.incarnation) for endpoint in table.actors.values()}
         self.actors = {actor: rank for actor, rank in self.actors.items() if actor in names}

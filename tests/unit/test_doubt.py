@@ -46,7 +46,19 @@ def test_a_witness_that_fails_on_further_rows_tells_nothing() -> None:
     assert made.answered({0}) is Verdict.OVERFLOW
     alone, _ = doubt({0})
     assert alone.answered({0, 1}) == Question(ACCUSED, is_golden=True)
-    assert alone.answered([]) is Verdict.OVERFLOW
+
+
+@pytest.mark.parametrize(("again", "verdict"), [({0}, Verdict.OVERFLOW), ({0, 1}, Verdict.OVERFLOW), (set(), Verdict.OPEN), ({1}, Verdict.OPEN)])
+def test_without_a_witness_only_rows_that_healthy_weights_cannot_do_twice_overflow(again: set[int], verdict: Verdict) -> None:
+    made, _ = doubt({0}, witnesses=0)
+    assert made.answered([]) == Question(ACCUSED, is_golden=False)
+    assert made.answered(again) is verdict
+
+
+def test_nobody_can_tell_when_the_rows_are_not_answered_a_second_time() -> None:
+    made, _ = doubt({0}, witnesses=0)
+    made.answered([])
+    assert made.unanswered() is Verdict.OPEN
 
 
 def test_witnesses_are_bounded_and_a_golden_row_decides_after_them() -> None:

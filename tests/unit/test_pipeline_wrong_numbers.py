@@ -100,6 +100,28 @@ async def test_without_a_witness_a_golden_row_clears_healthy_weights() -> None:
     assert {request.copy.role for request in made.lanes.requests} == {Role.REPLICA}
 
 
+@pytest.mark.parametrize("has_shadow", [False, True])
+async def test_rows_that_the_only_copy_could_not_do_once_do_not_overflow(has_shadow: bool) -> None:
+    """It may have been loaded anew between its answer and the golden row, or have erred once: nobody is blamed for that, least of all the rows."""
+    made = made_of((Role.REPLICA, version_of(2)), *[(Role.SHADOW, version_of(2))] * has_shadow)
+    num_answers = 0
+
+    def forward(expert: ExpertId, version: str, rows: torch.Tensor) -> torch.Tensor:
+        nonlocal num_answers
+        num_answers += expert.index == 2
+        answer = expert_forward(expert, version, rows)
+        return answer * math.nan if expert.index == 2 and num_answers == 1 else answer
+
+    made.lanes._forward = forward
+    if has_shadow:
+        assert (await made.pipeline.run(chosen())).report.shadow == 2
+    else:
+        with pytest.raises(ExpertUnavailable, match="not finite") as lost:
+            await made.pipeline.run(chosen())
+        assert lost.value.failed_rows == (1, 3)
+    assert made.pipeline.dispatcher.trust.is_calm
+
+
 async def test_without_a_witness_a_golden_row_convicts_and_the_shadow_answers() -> None:
     made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
     asked = chosen(want_plan=True)
