@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from cluster.audit_log import GENESIS, DecisionEntry, chained_hash, first_break
 from cluster.core.errors import StaleTable
-from cluster.core.memory import ActorRecord, Memory, ModelRecord, RouterRecord
+from cluster.core.memory import Accusal, ActorRecord, Memory, ModelRecord, RouterRecord
 from cluster.core.table_codec import from_proto, to_proto
-from cluster.core.table_draft import draft_of
+from cluster.core.table_draft import Held, draft_of
 from protos.moelastic.control.v1 import control_pb2 as pb
 
 MAX_DECISIONS = 10_000
@@ -34,6 +34,7 @@ _ROUTERS = TypeAdapter(dict[str, RouterRecord])
 _MODELS = TypeAdapter(dict[str, ModelRecord])
 _DEVICES = TypeAdapter(dict[str, str])
 _TIMES = TypeAdapter(dict[str, float])
+_ACCUSED = TypeAdapter(list[tuple[Held, Accusal]])
 
 
 def _text_dump(value: object) -> bytes:
@@ -52,6 +53,7 @@ _DURABLE: dict[str, Callable[[Any], bytes]] = {
     "routers": lambda routers: _ROUTERS.dump_json(dict(routers)),
     "quarantined": lambda devices: _DEVICES.dump_json(dict(devices)),
     "released": lambda times: _TIMES.dump_json(dict(times)),
+    "accused": lambda accused: _ACCUSED.dump_json(list(accused.items())),
     "published": lambda draft: to_proto(draft.at_epoch(0)).SerializeToString(deterministic=True),
 }
 
@@ -110,6 +112,7 @@ class ControlStore:
             routers=_ROUTERS.validate_json(self._written.get("routers", b"{}")),
             quarantined=_DEVICES.validate_json(self._written.get("quarantined", b"{}")),
             released=_TIMES.validate_json(self._written.get("released", b"{}")),
+            accused=dict(_ACCUSED.validate_json(self._written.get("accused", b"[]"))),
             published=draft_of(from_proto(pb.WatchTableResponse.FromString(self._written.get("published", b"")))),
         )
 

@@ -91,7 +91,7 @@ class Doubt:
 
 @dataclass(frozen=True, slots=True)
 class Accusal:
-    """A copy that answered with wrong numbers; it must leave its slot."""
+    """A copy that answered with wrong numbers; it must leave its slot. `since_s` is of the process that was told."""
 
     since_s: float
     kind: str
@@ -102,7 +102,8 @@ class Memory:
     """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at.
 
     `quarantined`: devices (NODE/DEVICE) that get no copies and no actors, each with its reason, until somebody releases them. `released`: when
-    (Unix seconds) that was, by device: no error from before is held against one again, whichever process tells of it.
+    (Unix seconds) that was, by device: no error from before is held against one again, whichever process tells of it. `accused`: copies with wrong
+    numbers that are still in their slots. Routers forget those that a table has dropped, so that nobody else would know what not to publish again.
     """
 
     generation: int = 0
@@ -117,6 +118,7 @@ class Memory:
     published: TableDraft = field(default_factory=TableDraft)
     quarantined: Mapping[str, str] = field(default_factory=dict)
     released: Mapping[str, float] = field(default_factory=dict)
+    accused: Mapping[Held, Accusal] = field(default_factory=dict)
 
     issued: frozenset[Incarnation] = frozenset()
     returned: frozenset[Incarnation] = frozenset()
@@ -130,7 +132,6 @@ class Memory:
     doubts: Mapping[Incarnation, Doubt] = field(default_factory=dict)
     condemned: Mapping[Incarnation, str] = field(default_factory=dict)
     killed_s: tuple[float, ...] = ()
-    accused: Mapping[Held, Accusal] = field(default_factory=dict)
     accused_s: tuple[float, ...] = ()
     distrusted: frozenset[tuple[str, str]] = frozenset()
     devices: Mapping[Incarnation, str] = field(default_factory=dict)

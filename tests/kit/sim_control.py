@@ -21,7 +21,7 @@ from kit.fleet import FakeActor, FakeFleet
 from kit.sim_actors import SimActors, device_of
 
 DURABLE = (
-    "generation", "epoch", "spec_revision", "reached_revision", "replace", "replacing", "models", "actors", "routers", "published", "quarantined"
+    "generation", "epoch", "spec_revision", "reached_revision", "replace", "replacing", "models", "actors", "routers", "published", "quarantined", "accused"
 )  # fmt: skip
 
 

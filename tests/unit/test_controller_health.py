@@ -198,6 +198,21 @@ async def test_copy_with_wrong_numbers_is_replaced_then_loaded_again_from_a_blob
     await rig.until(lambda: rig.message == "")
 
 
+async def test_copy_withdrawn_for_wrong_numbers_is_not_published_again_by_a_restarted_controller(rig: ControlRig) -> None:
+    """Routers have forgotten it with the table that dropped it: only the records know."""
+    await rig.deploy()
+    life, copy = rig.incarnation("actor-1"), copies_of(rig, 1)[0]
+    accuse(rig, copy, life)
+    await rig.until(lambda: rig.published_on(copy) not in ([], [str(life)]))
+    assert rig.fleet.actors[life].slots[copy].state is SlotState.READY
+    log = len(rig.fleet.log)
+    await rig.crash()
+    await rig.until(lambda: rig.published_on(copy) == [str(life)])
+    ours = [line.split()[0] for line in rig.fleet.log[log:] if str(life) in line]
+    assert ours == ["drain", "release", "assume"]
+    await rig.until(lambda: rig.message == "")
+
+
 async def test_only_copy_with_wrong_numbers_stays_while_nothing_else_can_answer(tmp_path: Path) -> None:
     rig = ControlRig(tmp_path, make_spec(actors=ActorsSpec(free_slots=0)))
     await rig.deploy()

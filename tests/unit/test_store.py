@@ -11,10 +11,10 @@ import pytest
 import cluster.store as store_module
 from cluster.core.errors import StaleTable
 from cluster.core.ids import Incarnation
-from cluster.core.memory import ActorRecord, Memory, ModelRecord, RouterRecord
+from cluster.core.memory import Accusal, ActorRecord, Memory, ModelRecord, RouterRecord
 from cluster.core.placement import wanted_copies
 from cluster.core.routing_table import ActorEndpoint, TableCopy, TableModel
-from cluster.core.table_draft import TableDraft
+from cluster.core.table_draft import Held, TableDraft
 from cluster.store import ControlStore, NewDecision
 from kit.fleet import make_manifest
 
@@ -34,6 +34,7 @@ def full_memory() -> Memory:
         models={"m": ModelRecord(manifest, "/models/m", "checkpoint")},
         actors={"actor-0": ActorRecord(life, "node-1", 0.5, 6, was_ready=True)},
         routers={"router-0": RouterRecord("router-0", "head", "d" * 64, "127.0.0.1:7")},
+        accused={Held(life, min(wanted_copies(manifest))): Accusal(4.5, "checksum")},
         published=draft,
     )
 
