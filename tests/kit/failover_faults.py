@@ -13,6 +13,8 @@ from kit.sim_control import SimController, SimFleet
 from kit.sim_router import SimRouter
 from kit.virtual_time import VirtualLoop
 
+LASTING_S = 1.5
+
 
 class Faults:
     """The faults, on the parts of a world."""
@@ -88,10 +90,15 @@ class Faults:
     async def corrupt_weights(self) -> None:
         if (actor := self._some_actor()) is not None:
             slots = self.fleet.actors[actor.incarnation].slots
-            held = sorted({copy.expert for copy in slots if copy.role is Role.REPLICA})
+            held = {copy.expert: slot for copy, slot in slots.items() if copy.role is Role.REPLICA}
             if held:
-                actor.corrupt.add(self.rng.choice(held))
-                await self._for_a_while([actor], 1.0, 2.0)
+                expert, for_s = self.rng.choice(sorted(held)), self.rng.uniform(1.0, 2.0)
+                if for_s >= LASTING_S:  # nothing but loading them anew makes these weights right
+                    actor.spoilt[expert] = held[expert]
+                    return
+                actor.corrupt.add(expert)
+                await asyncio.sleep(for_s)
+                self.wake(actor)
 
     async def drop_replies(self) -> None:
         if (actor := self._some_actor()) is not None:

@@ -19,7 +19,6 @@ from router_service.core.trust import Rank
 from router_service.core.verdicts import Clear, Eject, State, Verdict
 
 ILL_MEMORY_S = 1.0
-DROP_MEMORY_S = 2.0  # the longest that a cold compute thread may take before it is accused, and a little
 NODE_WINDOW_S = 0.19
 DEAD_S = 0.25
 DEADLINE_SLACK_S = 0.02
@@ -56,6 +55,7 @@ class Rules(Recorder):
         self.ejected_s: dict[str, dict[SimActor, float]] = defaultdict(dict)
         self.is_out: set[str] = set()
         self.over: dict[tuple[object, ExpertId], set[int]] = defaultdict(set)
+        self.blamed: set[tuple[ExpertId, TableCopy]] = set()  # rightly, as another rule says; asked no more until a table without them has come
         self.outcomes: dict[int, str] = {}
         self.paused_s = 0.0
         self.epoch = 0
@@ -159,8 +159,13 @@ class Rules(Recorder):
         self.require(is_excused, "nobody is ejected without a fault", verdict.actor, verdict.evidence)
 
     def may_be_accused(self, actor: SimActor, since_s: float) -> bool:
-        """Whether it was ill since, or kept an answer back shortly before: that is noticed late, the later if the router pauses meanwhile."""
-        return actor.was_ill_since(since_s) or actor.dropped_s >= since_s - DROP_MEMORY_S - self.paused_s
+        """Whether it was ill since, or owed an answer that it kept back. Each answer that it gives puts off when that one is missed, without an end."""
+        return actor.was_ill_since(since_s) or actor.kept_back_s >= since_s
+
+    def may_fail(self, actor: SimActor, since_s: float) -> bool:
+        """Whether rows that it was asked for since may be lost: it was ill, or the router found out that it keeps an answer back."""
+        is_found_out = self.router is not None and self.router.liveness.state(str(actor.incarnation)) is not State.HEALTHY
+        return actor.was_ill_since(since_s) or (actor.kept_back_s >= since_s and is_found_out)
 
     def _check_nodes(self, ejections: Sequence[Eject]) -> None:
         """Two of a node (or of a GPU) lost or silent within the window take with them those that are as dead as they are."""
@@ -186,11 +191,14 @@ class Rules(Recorder):
     def accused(self, expert: ExpertId, copy: TableCopy, kind: str) -> None:
         self.note("accuse", expert, copy.incarnation, kind)
         actor = self.actor(copy.incarnation)
-        self.require(expert in actor.corrupt or actor.was_ill_since(self.world.loop.time() - ILL_MEMORY_S), "healthy weights are never blamed", expert, copy)
+        self.require(actor.is_wrong(expert) or actor.was_ill_since(self.world.loop.time() - ILL_MEMORY_S), "healthy weights are never blamed", expert, copy)
+        if self.router is not None and self.router.table is not None and copy in self.router.table.copies_of(expert):
+            self.blamed.add((expert, copy))
 
     def adopted(self, table: RoutingTable) -> None:
         self.note("table", table.epoch)
         self.require(table.epoch >= self.epoch, "epochs never go back", table.epoch, self.epoch)
+        self.blamed = {(expert, copy) for expert, copy in self.blamed if copy in table.copies_of(expert)}
         self.epoch = table.epoch
 
     def finished(self, request: Request, is_possible: Callable[[Request, int], str]) -> None:

@@ -13,7 +13,6 @@ from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.launch import Launch
 from cluster.core.routing_table import TableCopy
 from cluster.core.spec import ActorsSpec, ClusterSpec, ModelSpec, ShadowSpec
-from cluster.core.status import SlotState
 from kit.failover_faults import FAULTS, Faults
 from kit.failover_rules import RuleBroken, Rules
 from kit.fleet import make_manifest
@@ -184,12 +183,13 @@ class World(Faults):
         for copy in request.table.copies_of(expert):
             actor = self.actors.of(copy.incarnation)
             is_allowed = copy.role is Role.REPLICA or not request.exact
+            is_right = not (actor.is_wrong(expert) and copy.role is Role.REPLICA) and (expert, copy) not in self.rules.blamed
             is_known = (
                 copy in table.copies_of(expert)
                 and actor.is_linked_since(request.begun_s)
-                and self.actors.slot_state(copy.incarnation, _copy_id(expert, copy)) is SlotState.READY
+                and self.actors.is_ready_since(copy.incarnation, _copy_id(expert, copy), request.begun_s)
             )
-            if is_allowed and is_known and not self.rules.may_be_accused(actor, since_s) and ill_nodes.count(actor.node_id) < 2:
+            if is_allowed and is_right and is_known and not self.rules.may_fail(actor, since_s) and ill_nodes.count(actor.node_id) < 2:
                 return f"{copy.incarnation} as {copy.role.name}"
         return ""
 

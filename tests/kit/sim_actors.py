@@ -19,7 +19,7 @@ from cluster.core.errors import MoeError, ReplicaUnavailable
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
 from cluster.core.link_frames import Cancel, Cool, Forward, FrameStatus, Pong, Result, Segment, SegmentResult, SegmentStatus, Warm, Welcome
 from cluster.core.status import SlotState
-from kit.fleet import FakeFleet
+from kit.fleet import FakeFleet, FakeSlot
 from router_service.link_client import LinkPhase
 
 COLUMNS = 6
@@ -70,11 +70,12 @@ class SimActor:
         self.is_stuck = False  # the compute thread alone
         self.factor = 1.0
         self.corrupt: set[ExpertId] = set()
+        self.spoilt: dict[ExpertId, FakeSlot] = {}  # slots whose weights are wrong until they are loaded anew
         self.num_to_drop = self.num_to_double = self.num_to_fail = self.num_to_forge = 0
         self.late_s = 0.0
         self.slow_s = LONG_AGO_S  # when it last was slow
         self.is_quiet = False  # its answers and Pongs are held up on the way
-        self.ill_s = self.dropped_s = LONG_AGO_S
+        self.ill_s = self.owed_s = LONG_AGO_S
         self.busy_until_s: float | None = None
         self._held: list[Callable[[], None]] = []
         self._unread_pings: list[tuple[SimLink, int]] = []
@@ -88,6 +89,16 @@ class SimActor:
 
     def was_ill_since(self, since_s: float) -> bool:
         return self.is_ill or self.ill_s >= since_s
+
+    @property
+    def kept_back_s(self) -> float:
+        """Until when a router was owed an answer that it never gets: as long as its link lasts."""
+        return self.loop.time() if any(link.is_owed for link in self.links) else self.owed_s
+
+    def is_wrong(self, expert: ExpertId) -> bool:
+        """Whether what it holds of an expert gives wrong numbers now."""
+        spoilt = self.spoilt.get(expert)
+        return expert in self.corrupt or (spoilt is not None and spoilt is self.world.slot(self.incarnation, spoilt.copy))
 
     def is_linked_since(self, since_s: float) -> bool:
         """Whether a router's link was there all along: one that is made anew takes no rows meanwhile."""
@@ -152,7 +163,8 @@ class SimActor:
             self._deliver(job.link, lambda: job.link.on_result(forged, memoryview(bytes(len(body)))), due_s - HOP_S / 2)
         if self.num_to_drop > 0:
             self.num_to_drop -= 1
-            self.ill_s = self.dropped_s = self.loop.time()
+            self.ill_s = self.loop.time()
+            job.link.is_owed = True
         else:
             self._deliver(job.link, lambda: job.link.on_result(result, memoryview(body)), due_s + self.late_s)
             if self.num_to_double > 0:
@@ -199,7 +211,7 @@ class SimActor:
         answers = np.empty_like(rows)
         answers[:, :2] = rows[:, :2]
         answers[:, 2:] = (key_of(expert), tag_of(segment.version.hex()), self.incarnation.generation, segment.attempt)
-        if expert in self.corrupt and segment.role is Role.REPLICA:
+        if segment.role is Role.REPLICA and self.is_wrong(expert):
             answers[:] = NAN_BITS
         answers[rows[:, 2] == OVERFLOWS] = NAN_BITS
         return answers
@@ -223,6 +235,7 @@ class SimLink:
         self.progress = None
         self.last_heard_age_s = 0.0
         self.bytes_sent = self.bytes_received = 0
+        self.is_owed = False  # an answer is due on it that never comes
         self._num_pings = 0
         self.opened_s = actor.loop.time()
         actor.links.append(self)
@@ -253,6 +266,8 @@ class SimLink:
         self.phase = LinkPhase.CLOSED
         if self in self.actor.links:
             self.actor.links.remove(self)
+            if self.is_owed:
+                self.actor.owed_s = self.actor.loop.time()
 
     def reset(self) -> None:
         """The kernel says that nobody is there any more."""
@@ -278,12 +293,20 @@ class SimActors:
         """Those that run and have something ready."""
         return [self.of(incarnation) for incarnation in sorted(self.fleet.actors) if self.fleet.actors[incarnation].slots]
 
-    def slot_state(self, incarnation: Incarnation, copy: CopyId) -> SlotState | None:
+    def slot(self, incarnation: Incarnation, copy: CopyId) -> FakeSlot | None:
         actor = self.fleet.actors.get(incarnation)
-        slot = actor.slots.get(copy) if actor is not None else None
+        return actor.slots.get(copy) if actor is not None else None
+
+    def slot_state(self, incarnation: Incarnation, copy: CopyId) -> SlotState | None:
+        slot = self.slot(incarnation, copy)
         if slot is not None and slot.state is SlotState.LOADING and self.fleet.clock.time_s >= slot.ready_at_s:
             return SlotState.READY
         return slot.state if slot is not None else None
+
+    def is_ready_since(self, incarnation: Incarnation, copy: CopyId, since_s: float) -> bool:
+        """Whether a copy could be asked all along; one that was loaded anew meanwhile could not."""
+        slot = self.slot(incarnation, copy)
+        return slot is not None and slot.ready_at_s <= since_s and self.slot_state(incarnation, copy) is SlotState.READY
 
     def is_loading(self, incarnation: Incarnation) -> bool:
         actor = self.fleet.actors.get(incarnation)

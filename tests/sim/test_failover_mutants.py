@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from router_service.core.doubt import Verdict as DoubtVerdict
 from router_service.core.flight import Flight, Send
 from router_service.core.hedging import HedgeBudget
 from router_service.core.liveness import Liveness
+from router_service.core.trust import Accusation, Trust
 from router_service.core.verdicts import Verdict
 
 Mutant = Callable[[], Any]
@@ -183,6 +185,17 @@ def test_a_trial_of_many_frames_is_caught() -> None:
         return mock.patch.object(ActorHealth, "may_send", return_value=True)
 
     assert_caught(mutant, "one frame at a time is on trial", within=10, kinds=["stick_compute"], faults=8, calls_per_s=200.0)
+
+
+def test_an_accusation_that_is_told_only_once_is_caught() -> None:
+    def mutant() -> Any:
+        def take_accusations(trust: Trust) -> Counter[Accusation]:
+            counts, trust._counts = trust._counts, Counter()
+            return counts
+
+        return mock.patch.object(Trust, "take_accusations", take_accusations)
+
+    assert_caught(mutant, "exact again", within=4, kinds=["corrupt_weights", "pause_controller"], faults=4, replicas=1, calls_per_s=60.0)
 
 
 @contextmanager
