@@ -4,7 +4,8 @@
 
 GPU g of the four holds experts 2g and 2g + 1 of every layer. Beside every codec stand its memory and the error of its outputs; the rows "as shipped" are
 what a node makes of the checkpoint and the ladder file beside it; below them are the lower rungs, and the controls: the experts dropped, and their tokens
-sent to the next best. `--timings` measures packing and expanding one 512x2048 gated expert instead, in processor time.
+sent to the next best. `--by-expert FOLDER` scores the loss of each single expert in each codec instead (`examples.shadow_experts`), and `--timings` measures
+packing and expanding one 512x2048 gated expert, in processor time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from actors.expert_layouts import ExpertWeights
 from actors.expert_store import ExpertStore
 from cluster.core.descriptors import ExpertDescriptor
 from cluster.core.spec import ShadowSpec
+from examples.shadow_experts import write_report
 from examples.tiny_moe_lm.export import CHECKPOINT
 from examples.tiny_moe_lm.scoring import heldout_texts
 from router_service.calibration.lower_rungs import targets_of
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=24_000, help="bytes of each held-out sample to score")
     parser.add_argument("--rows", type=int, default=24_576, help="tokens to calibrate on")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--by-expert", type=Path, metavar="FOLDER", help="lose one expert at a time instead, and write by_expert.* there; needs --text")
     parser.add_argument("--timings", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,14 +85,21 @@ def main() -> None:
     scored = [_start(text.encode(), arguments.bytes) for text in heldout_texts().values()]
     study = Study(Subject(arguments.checkpoint), scored)
     print(f"held-out bits per byte without a loss: {study.exact:.4f}")
-    rows = []
     calibration = [_start(path.read_bytes()[: 8 * arguments.rows], 8 * arguments.rows) for path in arguments.text]
+    scored_bytes = sum(len(text.encode()) for text in scored)
+    if arguments.by_expert is not None:
+        if not calibration:
+            parser.error("--by-expert needs --text: most codecs are fitted to calibration rows")
+        facts = {"bits_per_byte": study.exact, "scored_bytes": scored_bytes, "calibration_rows": arguments.rows}
+        write_report(arguments.by_expert, study, _made(study.subject, calibration, arguments.rows), facts)
+        return
+    rows = []
     for row in quality(study, arguments.checkpoint, calibration, arguments.rows):
         rows.append(asdict(row))
         rises = " ".join(f"{rise:+8.3f}" for rise in row.bits_per_byte_percent)
         print(f"{row.name:32s} {row.memory_percent:6.2f} %  {rises} %  mean {np.mean(row.bits_per_byte_percent):+8.3f} %", flush=True)
     if arguments.report:
-        facts = {"bits_per_byte": study.exact, "scored_bytes": sum(len(text.encode()) for text in scored), "rows": rows}
+        facts = {"bits_per_byte": study.exact, "scored_bytes": scored_bytes, "rows": rows}
         arguments.report.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

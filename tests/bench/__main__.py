@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import generation, growth, kernels, leak, overload, slots
+from bench import abft, failover_cost, generation, growth, kernels, leak, overload, shadow_load, slots
 from bench.document import FOLDER, fill_readme, write
 from bench.profile import profile
 from bench.report import plot, section_of
@@ -22,12 +22,18 @@ from bench.tables import Section
 from cluster.local.cluster import LocalCluster
 
 Shared = Callable[[Rig], Section]
+Own = Callable[[LocalCluster, Settings, Path], Section]
+# In this process alone.
+ALONE: dict[str, Callable[[Settings], Section]] = {"kernels": kernels.run, "abft": abft.run}
 # On one deployment, with the peers beside it or without.
 SHARED: dict[str, Shared] = {"overload": overload.run, "generation": generation.run}
 # Each with deployments of its own, one after the other.
-OWN: dict[str, Callable[[LocalCluster, Settings, Path], Section]] = {"growth": growth.run, "slots": slots.run}
+OWN: dict[str, Own] = {"growth": growth.run, "slots": slots.run}
+# Likewise, on a cluster with other nodes for shadows.
+ON_NODES: dict[str, Own] = {"failover_cost": failover_cost.run, "shadow_load": shadow_load.run}
+NUM_NODES = 4
 DEFAULT = ("kernels", "peers", "profile", *SHARED)
-EVERYTHING = (*DEFAULT, *OWN, "leak")
+EVERYTHING = (*DEFAULT, "abft", *OWN, *ON_NODES, "leak")
 
 
 def main() -> None:
@@ -89,20 +95,40 @@ def measure(settings: Settings, wanted: tuple[str, ...], folder: Path, out: Path
         path = write(out, settings, {name: section})
         console.print(f"{name}: {time.monotonic() - begun_s:.0f} s since the start; wrote {path}")
 
-    if "kernels" in wanted:
-        keep("kernels", kernels.run(settings))
-    if {*wanted} <= {"kernels"}:
-        return path
-    with ExitStack() as ending:
-        if cluster is None:
-            cluster = start_cluster(folder)
-            ending.callback(cluster.stop)
-        if {"peers", "profile", "leak", *SHARED} & {*wanted}:
-            _on_one_deployment(settings, wanted, folder, out, console, cluster, keep)
-        for name, run in OWN.items():
-            if name in wanted:
-                keep(name, run(cluster, settings, folder))
+    for name, alone in ALONE.items():
+        if name in wanted:
+            keep(name, alone(settings))
+    if {"peers", "profile", "leak", *SHARED, *OWN} & {*wanted}:
+        with on_cluster(folder / "one-node", cluster, 1) as used:
+            _on_one_deployment(settings, wanted, folder, out, console, used, keep)
+            _each(OWN, used, settings, wanted, folder, keep)
+    if {*ON_NODES} & {*wanted}:
+        with on_cluster(folder / "nodes", cluster, NUM_NODES) as used:
+            _each(ON_NODES, used, settings, wanted, folder, keep)
     return path
+
+
+def _each(
+    runs: Mapping[str, Own], cluster: LocalCluster, settings: Settings, wanted: tuple[str, ...], folder: Path, keep: Callable[[str, Section], None]
+) -> None:
+    """The wanted ones, one after the other."""
+    for name, run in runs.items():
+        if name in wanted:
+            keep(name, run(cluster, settings, folder))
+
+
+@contextmanager
+def on_cluster(folder: Path, given: LocalCluster | None, num_nodes: int) -> Iterator[LocalCluster]:
+    """The given cluster, or one of a head and so many nodes for as long as it is used."""
+    if given is not None:
+        yield given
+        return
+    folder.mkdir()
+    cluster = start_cluster(folder, num_nodes)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 def _on_one_deployment(

@@ -1,22 +1,21 @@
-"""What checksums of matrix products cost and catch: `PYTHONPATH=.:tests python -m bench.abft`.
+"""What checksums of matrix products cost and catch, in this process alone.
 
-Bound: random exponent bits are flipped; who of them is caught by the bound on outputs, which is looked at on every frame, and by their being not finite.
-Cost: one grouped forward of 8 gated bf16 experts 512x2048, plain, with every frame checked and with one in sixteen, in turns. Catch rate: random bits of
-weights and of products are flipped, one at a time; what counts are flips that move a row of the output by more than a hundredth of its norm.
-False alarms: fresh random rows on healthy weights. Shape legend: N rows, D model width.
+Cost: one grouped forward of 8 gated bf16 experts, plain and with every frame checked, in turns. Catch rate: random bits of weights and of products are
+flipped, one at a time, in every element type; what counts are flips that move a row of the output by more than a hundredth of its norm. False alarms: fresh
+random rows on healthy weights. Bound: random exponent bits are flipped; who of them is caught by the bound on outputs, which is looked at on every frame, and
+by their being not finite. Shape legend: N rows, D model width.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from actors.core.abft import block_sums
@@ -24,61 +23,69 @@ from actors.core.magnitude import beyond_reach, reach_of
 from actors.expert_layouts import ExpertWeights, expert_forward, grouped_forward, load_weights
 from actors.frame_audit import Audit, FrameSampler
 from actors.product_watch import watching
+from bench.settings import Settings, Sizes
+from bench.tables import Section, Table
 from cluster.core.descriptors import DType, ExpertDescriptor
+from cluster.core.spec import AbftSpec
 from kit.experts import RandomBlobs
 
-NUM_EXPERTS = 8
 NUM_ROWS = (1, 8, 64, 256, 1024)
-FRACTION = 1 / 16
+FLIPPED_ROWS = (1, 16)
+BOUND_ROWS, MANY_ROWS = (1, 16, 256), 256
+KINDS = ("weights", "product")
+FRACTION = AbftSpec().fraction
 HARMFUL = 1e-2
 GRAVE = 1e3
 FIRST_EXPONENT_BIT, NUM_EXPONENT_BITS = 7, 8
 LOOKS = 100
-DESCRIPTOR = ExpertDescriptor(hidden_size=512, intermediate_size=2048, dtype=DType.BF16)
+SAMPLED_GOAL, FULL_GOAL = 0.97, 0.75
+# Bits of the significand from the lowest: the same share of each type's is called low.
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+WORDS = {2: torch.int16, 4: torch.int32}
+CLASSES = ("sign", "exponent", "mantissa, high half", "mantissa, low half")
 
 
-def main() -> None:
-    """Print four tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--flips", type=int, default=4000)
-    parser.add_argument("--clean", type=int, default=2000)
-    given = parser.parse_args()
+def run(settings: Settings) -> Section:
+    """Four tables."""
     torch.set_num_threads(1)
-    experts = [checked_expert(seed) for seed in range(1, 1 + NUM_EXPERTS)]
-    console = Console()
+    experts = {dtype: [checked_expert(settings.sizes, dtype, seed) for seed in range(1, 1 + settings.sizes.num_experts)] for dtype in DType}
     with torch.inference_mode():
-        console.print(cost_table(experts, given.rounds))
-        console.print(catch_table(experts[0], given.flips))
-        console.print(alarm_table(experts, given.clean))
-        console.print(bound_table(experts[0], given.flips // 4))
+        costs = cost_of_rows(experts[DType.BF16], 2 * settings.rounds + 1)
+        caught = {dtype.value: flips_of(own[0], settings.abft_flips) for dtype, own in experts.items()}
+        alarms = [alarm for dtype, own in experts.items() for alarm in false_alarms(dtype.value, own, settings.abft_frames)]
+        bounds = bounds_of(experts[DType.BF16][0], settings.abft_flips // 3)
+    data = {"bound": bounds, "cost": costs, "caught": {name: [one.as_data() for one in own] for name, own in caught.items()}, "false_alarms": alarms}
+    return Section([_cost_table(costs), _catch_table(caught), _alarm_table(alarms), _bound_table(bounds)], data)
 
 
-def checked_expert(seed: int) -> ExpertWeights:
+def checked_expert(sizes: Sizes, dtype: DType, seed: int) -> ExpertWeights:
     """A random expert in private memory, with checksums."""
-    weights = load_weights(RandomBlobs(DESCRIPTOR).open(f"{seed:08x}" * 8), torch.device("cpu"))
+    descriptor = ExpertDescriptor(hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size, dtype=dtype)
+    weights = load_weights(RandomBlobs(descriptor).open(f"{seed:08x}" * 8), torch.device("cpu"))
     weights.tensors.update({name: tensor.clone() for name, tensor in weights.tensors.items()})
     weights.checksums.update({name: block_sums(tensor) for name, tensor in weights.tensors.items()})
     weights.reach.extend(filter(None, [reach_of(weights.descriptor, weights.tensors)]))
     return weights
 
 
-def cost_table(experts: Sequence[ExpertWeights], num_rounds: int) -> Table:
-    """Throughput with checks, as a share of that without."""
-    table = Table(
-        "rows", "plain ms", "every frame", f"1 in {round(1 / FRACTION)} (computed)", title="cost: throughput beside the plain forward, median of rounds"
-    )
+def cost_of_rows(experts: Sequence[ExpertWeights], num_rounds: int) -> list[dict[str, Any]]:
+    """Throughput of a frame with checks, as a share of that without, by rows of the frame."""
+    found = []
     for num_rows in NUM_ROWS:
-        used = experts if num_rows >= NUM_EXPERTS else experts[:num_rows]
+        used = experts[: min(num_rows, len(experts))]
         rows = [num_rows // len(used)] * len(used)
-        x_ND = torch.randn(sum(rows), DESCRIPTOR.hidden_size).bfloat16()
+        x_ND = _rows(sum(rows), used[0])
         always, never = FrameSampler(1.0), FrameSampler(0.0)
         plain_s, full_s = in_turns(num_rounds, lambda: frame(x_ND, used, rows, never), lambda: frame(x_ND, used, rows, always))  # noqa: B023  (called at once)
         ratios = [plain / full for plain, full in zip(plain_s, full_s, strict=True)]
-        more = statistics.median(full / plain - 1 for plain, full in zip(plain_s, full_s, strict=True))
-        cells = (f"{1000 * statistics.median(plain_s):.2f}", f"{statistics.median(ratios):.3f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        table.add_row(str(sum(rows)), *cells, f"{1 / (1 + FRACTION * more):.3f}")
-    return table
+        full = statistics.median(ratios)
+        sampled = 1 / (1 + FRACTION * (1 / full - 1))
+        found.append({"rows": sum(rows), "plain_s": statistics.median(plain_s), "full": full, "full_spread": (min(ratios), max(ratios)), "sampled": sampled})
+    return found
+
+
+def _rows(num_rows: int, expert: ExpertWeights, generator: torch.Generator | None = None, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(num_rows, expert.descriptor.hidden_size, generator=generator)).to(expert.tensors["down"].dtype)
 
 
 def frame(x_ND: Tensor, experts: Sequence[ExpertWeights], rows: Sequence[int], sampler: FrameSampler) -> None:
@@ -105,80 +112,97 @@ def in_turns(num_rounds: int, *actions: Callable[[], None]) -> list[list[float]]
 
 @dataclass
 class Caught:
-    """How many flips there were, how many did harm, how many of those were caught, and how bad the worst missed one was."""
+    """Flips of one class of bits, how many did harm, how many of those were caught, and how bad the worst missed one was."""
 
+    kind: str
+    bits: str
     num_flips: int = 0
     num_harmful: int = 0
     num_caught: int = 0
     missed: list[float] = field(default_factory=list)
 
     def count(self, harm: float, *, is_caught: bool) -> None:
+        """One more flip."""
         self.num_flips += 1
         if harm > HARMFUL:
             self.num_harmful += 1
             self.num_caught += is_caught
             self.missed += [] if is_caught else [harm]
 
-
-def catch_table(expert: ExpertWeights, num_flips: int) -> Table:
-    """Flips of weights and of products, by rows of the frame."""
-    table = Table("flipped", "rows", "flips", f"harm > {HARMFUL}", "of those caught", "worst missed", title="catch rate when a frame is checked")
-    for kind in ("weights", "product"):
-        for num_rows in (1, 16):
-            found = flip_many(expert, kind, num_rows, num_flips)
-            share = f"{100 * found.num_caught / max(1, found.num_harmful):.2f} %"
-            table.add_row(kind, str(num_rows), str(found.num_flips), str(found.num_harmful), share, f"{max(found.missed, default=0.0):.3f}")
-    return table
+    def as_data(self) -> dict[str, Any]:
+        """For JSON; the worst missed harm may be infinite, which JSON does not know."""
+        worst = max(self.missed, default=0.0)
+        plain = {"kind": self.kind, "bits": self.bits, "flips": self.num_flips, "harmful": self.num_harmful, "caught": self.num_caught}
+        return plain | {"worst_missed": worst if worst < torch.inf else "not finite"}
 
 
-def flip_many(expert: ExpertWeights, kind: str, num_rows: int, num_flips: int) -> Caught:
-    """Flip one bit at a time, and put it right again."""
+def class_of(bit: int, dtype: torch.dtype) -> str:
+    """What a bit of an element means; bit 0 is the lowest of the significand."""
+    mantissa = MANTISSA_BITS[dtype]
+    if bit == 8 * dtype.itemsize - 1:
+        return "sign"
+    if bit >= mantissa:
+        return "exponent"
+    return "mantissa, high half" if bit >= mantissa // 2 else "mantissa, low half"
+
+
+def flips_of(expert: ExpertWeights, num_flips: int) -> list[Caught]:
+    """Flips of weights and of products, by class of bits."""
+    found = {(kind, bits): Caught(kind, bits) for kind in KINDS for bits in CLASSES}
+    for kind in KINDS:
+        for num_rows in FLIPPED_ROWS:
+            for bits, harm, is_caught in _flip_many(expert, kind, num_rows, num_flips // len(FLIPPED_ROWS)):
+                found[kind, bits].count(harm, is_caught=is_caught)
+    return list(found.values())
+
+
+def _flip_many(expert: ExpertWeights, kind: str, num_rows: int, num_flips: int) -> Iterator[tuple[str, float, bool]]:
+    """Flip one bit at a time, and put it right again; each class of bits in turn, so that the few signs are seen as often as the rest."""
     generator = torch.Generator().manual_seed(num_rows)
-    found = Caught()
 
     def pick(stop: int) -> int:
         return int(torch.randint(stop, (1,), generator=generator))
 
     sizes = [tensor.numel() for tensor in expert.tensors.values()]
     names = list(expert.tensors)
-    for _ in range(num_flips):
-        x_ND = torch.randn(num_rows, DESCRIPTOR.hidden_size, generator=generator).bfloat16()
+    dtype = expert.tensors[names[0]].dtype
+    by_class = {bits: [bit for bit in range(8 * dtype.itemsize) if class_of(bit, dtype) == bits] for bits in CLASSES}
+    for number in range(num_flips):
+        x_ND = _rows(num_rows, expert, generator)
         right_ND = expert_forward(x_ND, expert)
-        name = names[0] if pick(sum(sizes)) < sizes[0] else names[1]
-        matrix = expert.tensors[name]
+        matrix = expert.tensors[names[0] if pick(sum(sizes)) < sizes[0] else names[1]]
+        bits = CLASSES[number % len(CLASSES)]
+        bit = by_class[bits][pick(len(by_class[bits]))]
         audit = Audit([expert])
         if kind == "weights":
-            place, bit = pick(matrix.numel()), pick(16)
+            place = pick(matrix.numel())
             flip(matrix, place, bit)
             with watching(audit):
                 wrong_ND = expert_forward(x_ND, expert)
             flip(matrix, place, bit)
         else:
-            with watching(flipper(matrix, pick(num_rows * matrix.shape[0]), pick(16))), watching(audit):
+            with watching(flipper(matrix, pick(num_rows * matrix.shape[0]), bit)), watching(audit):
                 wrong_ND = expert_forward(x_ND, expert)
-        found.count(harm_of(wrong_ND, right_ND), is_caught=bool(audit.faults))
-    return found
+        yield bits, harm_of(wrong_ND, right_ND), bool(audit.faults)
 
 
-def bound_table(expert: ExpertWeights, num_flips: int) -> Table:
+def bounds_of(expert: ExpertWeights, num_flips: int) -> list[dict[str, Any]]:
     """Flips of exponent bits, by rows of the frame, and what the look at every frame takes beside the forward, in processor time."""
-    table = Table("flipped", "rows", "flips", f"harm > {HARMFUL}", "not finite", "beyond reach", f"harm > {GRAVE:g}", "of those neither", "cost of the look")
-    table.title = "the bound on outputs, without checksums"
-    for kind in ("weights", "product"):
-        for num_rows in (1, 16, 256):
-            flips = num_flips if num_rows < 256 else num_flips // 16
+    found = []
+    for kind in KINDS:
+        for num_rows in BOUND_ROWS:
+            flips = num_flips if num_rows < MANY_ROWS else max(1, num_flips // 16)
             counts = [flip_exponent(expert, kind, num_rows, seed) for seed in range(flips)]
-            harmful, not_finite, beyond, grave, missed = (sum(column) for column in zip(*counts, strict=True))
-            table.add_row(
-                kind, str(num_rows), str(flips), *map(str, (harmful, not_finite, beyond, grave, missed)), f"{100 * look_share(expert, num_rows):.2f} %"
-            )
-    return table
+            names = ("harmful", "not_finite", "beyond_reach", "grave", "unseen")
+            sums = dict(zip(names, (sum(column) for column in zip(*counts, strict=True)), strict=True))
+            found.append({"kind": kind, "rows": num_rows, "flips": flips, **sums, "look_share": look_share(expert, num_rows)})
+    return found
 
 
 def flip_exponent(expert: ExpertWeights, kind: str, num_rows: int, seed: int) -> tuple[bool, bool, bool, bool, bool]:
     """Flip one exponent bit: whether it did harm, was not finite, was beyond reach, did grave harm, and did that unseen."""
     generator = torch.Generator().manual_seed(seed)
-    x_ND = torch.randn(num_rows, DESCRIPTOR.hidden_size, generator=generator).bfloat16()
+    x_ND = _rows(num_rows, expert, generator)
     right_ND = expert_forward(x_ND, expert)
     name = ("gate_up", "gate_up", "down")[seed % 3]  # as many numbers are in each
     matrix = expert.tensors[name]
@@ -198,7 +222,7 @@ def flip_exponent(expert: ExpertWeights, kind: str, num_rows: int, seed: int) ->
 
 def look_share(expert: ExpertWeights, num_rows: int) -> float:
     """Processor time of the look, as a share of that of one expert's forward."""
-    x_ND = torch.randn(num_rows, DESCRIPTOR.hidden_size).bfloat16()
+    x_ND = _rows(num_rows, expert)
     y_ND = expert_forward(x_ND, expert)
     taken_s = []
     for action in (lambda: beyond_reach(x_ND, y_ND, expert.reach, [num_rows]), lambda: expert_forward(x_ND, expert)):
@@ -210,9 +234,9 @@ def look_share(expert: ExpertWeights, num_rows: int) -> float:
 
 
 def flip(tensor: Tensor, place: int, bit: int) -> None:
-    """Flip one bit of a bf16 tensor."""
-    word = tensor.view(-1).view(torch.int16)[place]
-    word.bitwise_xor_(torch.tensor(1 << bit if bit < 15 else -(1 << 15), dtype=torch.int16))
+    """Flip one bit of one element."""
+    word, sign = WORDS[tensor.dtype.itemsize], 8 * tensor.dtype.itemsize - 1
+    tensor.view(-1).view(word)[place].bitwise_xor_(torch.tensor(1 << bit if bit < sign else -(1 << sign), dtype=word))
 
 
 def flipper(matrix: Tensor, place: int, bit: int) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -231,22 +255,80 @@ def harm_of(wrong_ND: Tensor, right_ND: Tensor) -> float:
     return float(error_N.nan_to_num(nan=torch.inf).max())
 
 
-def alarm_table(experts: Sequence[ExpertWeights], num_frames: int) -> Table:
-    """Frames of fresh rows on healthy weights, of three scales."""
-    table = Table("frames", "rows", "row sums checked", "false alarms", title="false alarms")
+def false_alarms(dtype: str, experts: Sequence[ExpertWeights], num_frames: int) -> list[dict[str, Any]]:
+    """Frames of fresh rows on healthy weights, of three scales: nine in ten small, the rest large."""
     blocks = sum(sums.num_blocks for sums in experts[0].checksums.values())
+    found = []
     for num_rows, share in ((8, 0.9), (512, 0.1)):
         count, alarms = max(1, int(num_frames * share)), 0
         for number in range(count):
-            scale = (1e-2, 1.0, 1e2)[number % 3]
-            x_ND = (scale * torch.randn(num_rows, DESCRIPTOR.hidden_size)).bfloat16()
             audit = Audit(experts)
             with watching(audit):
-                grouped_forward(x_ND, experts, [num_rows // NUM_EXPERTS] * NUM_EXPERTS)
+                grouped_forward(_rows(num_rows, experts[0], scale=(1e-2, 1.0, 1e2)[number % 3]), experts, [num_rows // len(experts)] * len(experts))
             alarms += bool(audit.faults)
-        table.add_row(str(count), str(num_rows), str(count * num_rows * blocks), str(alarms))
-    return table
+        found.append({"dtype": dtype, "frames": count, "rows": num_rows, "sums": count * num_rows * blocks, "alarms": alarms})
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def _cost_table(costs: Sequence[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            str(cost["rows"]),
+            f"{1e3 * cost['plain_s']:.2f}",
+            f"{cost['full']:.3f} ({cost['full_spread'][0]:.2f}-{cost['full_spread'][1]:.2f})",
+            f"{cost['sampled']:.3f}",
+        )
+        for cost in costs
+    ]
+    columns = ("rows", "plain ms", f"every frame (goal: {FULL_GOAL})", f"1 in {round(1 / FRACTION)} (goal: {SAMPLED_GOAL})")
+    note = (
+        "One thread, bf16; throughput of the forward alone beside the plain one, medians of rounds, extremes in brackets; sampled: computed from every frame."
+    )
+    return Table("checksums: what a frame's forward costs", columns, rows, note)
+
+
+def _catch_table(caught: dict[str, list[Caught]]) -> Table:
+    rows = [
+        (
+            f"{dtype}, {one.kind}, {one.bits}",
+            str(one.num_flips),
+            str(one.num_harmful),
+            f"{100 * one.num_caught / one.num_harmful:.2f} %" if one.num_harmful else "-",
+            f"{max(one.missed, default=0.0):.3f}",
+        )
+        for dtype, own in caught.items()
+        for one in own
+    ]
+    rows += [_total(kind, [one for one in chain(*caught.values()) if one.kind == kind]) for kind in KINDS]
+    sizes = " or ".join(map(str, FLIPPED_ROWS))
+    note = f"One bit at a time, in a checked frame of {sizes} rows. Harmful: a row of the output moves by more than {HARMFUL} of its norm."
+    return Table("checksums: what is caught", ("flipped", "flips", "harmful", "of those caught", "worst missed"), rows, note)
+
+
+def _total(kind: str, found: Sequence[Caught]) -> tuple[str, ...]:
+    harmful, worst = sum(one.num_harmful for one in found), max(chain.from_iterable(one.missed for one in found), default=0.0)
+    share = f"{100 * sum(one.num_caught for one in found) / harmful:.2f} %" if harmful else "-"
+    return (f"all types, {kind}", str(sum(one.num_flips for one in found)), str(harmful), share, f"{worst:.3f}")
+
+
+def _alarm_table(alarms: Sequence[dict[str, Any]]) -> Table:
+    rows = [(one["dtype"], f"{one['frames']:,}", str(one["rows"]), f"{one['sums']:,}", str(one["alarms"])) for one in alarms]
+    rows.append(("all", f"{sum(one['frames'] for one in alarms):,}", "", f"{sum(one['sums'] for one in alarms):,}", str(sum(one["alarms"] for one in alarms))))
+    return Table("checksums: false alarms on healthy weights", ("type", "frames", "rows", "sums checked", "false alarms"), rows, "Goal: none.")
+
+
+def _bound_table(bounds: Sequence[dict[str, Any]]) -> Table:
+    names = ("kind", "rows", "flips", "harmful", "not_finite", "beyond_reach", "grave", "unseen")
+    rows = [(*(str(one[name]) for name in names), f"{100 * one['look_share']:.2f} %") for one in bounds]
+    columns = (
+        "flipped exponents",
+        "rows",
+        "flips",
+        f"harm > {HARMFUL}",
+        "not finite",
+        "beyond reach",
+        f"harm > {GRAVE:g}",
+        "of those neither",
+        "cost of the look",
+    )
+    return Table("the bound on outputs, without checksums", columns, rows, "bf16; the cost is the look's processor time beside the forward's.")

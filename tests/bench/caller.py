@@ -75,9 +75,9 @@ class Caller:
                 task.add_done_callback(under_way.discard)
                 number += 1
             await asyncio.sleep(0.001)
-        ended_s = time.time()
+        ended_s, num_in_window = time.time(), len(found["answered"])
         await asyncio.gather(*under_way)
-        answer = {"num_sent": number, "answered_s": found["answered"], "refused_s": found["refused"], "ended_s": ended_s}
+        answer = {"num_sent": number, "answered_s": found["answered"], "refused_s": found["refused"], "ended_s": ended_s, "num_in_window": num_in_window}
         return answer | {"num_late": len(found["late"]), "num_failed": len(found["failed"])}
 
     def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float, pause_s: float = 0.0) -> list[float]:

@@ -10,14 +10,20 @@ from pathlib import Path
 import psutil
 
 from cluster.local import processes
+from cluster.local.cluster import LocalCluster
 from kit.deployments import Deployment, cmdline_of
 
 ROUTER, ACTOR, CONTROLLER = "RouterHost", "ExpertActor", "ControllerActor"
 
 
 def pids_of(deployment: Deployment, name: str) -> list[int]:
-    """The Ray workers of this cluster that run an actor of this class."""
-    return sorted(process.pid for process in processes.members(deployment.cluster.state) if name in " ".join(cmdline_of(process.pid)[:1]))
+    """The Ray workers of this deployment's cluster that run an actor of this class."""
+    return pids_on(deployment.cluster, name)
+
+
+def pids_on(cluster: LocalCluster, name: str) -> list[int]:
+    """The Ray workers of a cluster that run an actor of this class, whoever deployed them."""
+    return sorted(process.pid for process in processes.members(cluster.state) if name in " ".join(cmdline_of(process.pid)[:1]))
 
 
 def below(pid: int) -> list[int]:

@@ -112,9 +112,9 @@ def running(settings: Settings, folder: Path, cluster: LocalCluster | None = Non
         yield rig
 
 
-def start_cluster(folder: Path) -> LocalCluster:
-    """A head and one node; it is the caller's to stop."""
-    return LocalCluster.start(LocalSettings(name="bench", num_nodes=1), RunFolder(folder / "cluster"))
+def start_cluster(folder: Path, num_nodes: int = 1) -> LocalCluster:
+    """A head and so many nodes of one logical GPU; it is the caller's to stop."""
+    return LocalCluster.start(LocalSettings(name="bench", num_nodes=num_nodes), RunFolder(folder / "cluster"))
 
 
 def _spec(settings: Settings, folders: dict[str, Path], trace_dir: Path) -> ClusterSpec:

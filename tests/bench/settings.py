@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 MODEL = "bench"
 IDLE_MODEL = "idle"
 # The same layer as `MODEL`, served in fp32: what hivemind computes in.
 WIDE_MODEL = "bench-fp32"
 LAYER = 0
+ShadowCodec = Literal["int8", "int4", "int3", "int2", "lowrank", "int2-lowrank", "narrow4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Case:
     @property
     def name(self) -> str:
         """How tables call it."""
-        return f"{self.callers} x {self.tokens}{SUFFIXES[self.model]}"
+        return f"{self.callers} x {self.tokens}{SUFFIXES.get(self.model, f', {self.model}')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,11 @@ class Settings:
     overload_seconds: float = 6.0
     language_model: bool = True
     layout: Literal["mapped", "packed", "widened", "auto"] = "packed"
+    cost_cases: tuple[Case, ...] = MANY_CALLERS
+    shadow_codecs: tuple[ShadowCodec, ...] = get_args(ShadowCodec)
+    gpus_per_node: int = 1
+    abft_flips: int = 3000
+    abft_frames: int = 2000
 
 
 SMOKE = Settings(
@@ -114,4 +120,8 @@ SMOKE = Settings(
     num_actors=2,
     profile_calls=5,
     language_model=False,
+    cost_cases=(Case(2, 4),),
+    shadow_codecs=("int2", "narrow4"),
+    abft_flips=8,
+    abft_frames=4,
 )

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import leak, overload
+from bench import abft, failover_cost, leak, overload, shadow_load
 from bench.__main__ import take_turns
 from bench.document import BEGIN, END, fill_readme, write
+from bench.failover_cost import OFF, VARIANTS
 from bench.profile import ECHO_AT_ONCE, ECHO_AT_THIS_PACE, PARTS, profile
 from bench.report import plot
 from bench.rig import running
@@ -52,6 +53,33 @@ def test_bench_reports_every_row_of_every_case_and_where_the_time_of_a_request_g
     assert looks[-1]["heaps"].keys() == looks[-1]["usage"].keys()
     assert all(heap["objects"] > 0 for heap in looks[-1]["heaps"].values())
     check_readme(out, document)
+
+
+def test_bench_reports_what_readiness_for_failures_costs(shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Four deployments beside each other, one with a router that judges nobody."""
+    sections = {"failover_cost": failover_cost.run(shared_cluster, SMOKE, tmp_path), "abft": abft.run(SMOKE)}
+    document = json.loads(write(tmp_path / "out", SMOKE, sections).read_text())
+    costs = document["failover_cost"]["data"]["costs"]
+    assert {(cost["case"], cost["variant"]) for cost in costs} == {(case.name, variant.name) for case in SMOKE.cost_cases for variant in VARIANTS}
+    assert all(cost["num_calls"] >= 1 and cost["tokens_per_s"] > 0 and cost["cpu_s_per_call"] > 0 for cost in costs)
+    assert all(cost["ratio"] == 1.0 for cost in costs if cost["variant"] == OFF)
+    assert document["abft"]["data"]["caught"].keys() == {"bf16", "fp16", "fp32"}
+    assert sum(one["alarms"] for one in document["abft"]["data"]["false_alarms"]) == 0
+    check_readme(tmp_path / "out", document)
+
+
+def test_bench_offers_load_to_shadows_of_every_codec_while_an_actor_stays_lost(shared_cluster: LocalCluster, tmp_path: Path) -> None:
+    """The cluster's nodes have two GPUs, and an actor must fill its node so that nobody takes the lost one's place."""
+    settings = replace(SMOKE, gpus_per_node=2, overload_seconds=0.5)
+    section = shadow_load.run(shared_cluster, settings, tmp_path)
+    document = json.loads(write(tmp_path / "out", settings, {"shadow_load": section}).read_text())
+    found = {one["codec"]: one for one in document["shadow_load"]["data"]["codecs"]}
+    assert found.keys() == {*settings.shadow_codecs}
+    for one in found.values():
+        assert one["num_sent"] > 0
+        assert 0 <= one["num_answered"] <= one["num_sent"]
+        assert 0 < one["shadow_share"] < 1
+    check_readme(tmp_path / "out", document)
 
 
 def check_readme(out: Path, document: dict[str, object]) -> None:

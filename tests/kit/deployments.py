@@ -30,11 +30,12 @@ REAL_WORLD_LIMIT_S = 60.0
 
 @dataclass
 class Deployment:
-    """A running deployment; `apply` may be called again with another spec of the same name."""
+    """A running deployment; `apply` may be called again with another spec of the same name. `deployer`: the module that deploys."""
 
     cluster: LocalCluster
     spec: ClusterSpec
     folder: Path
+    deployer: str = "cluster.deploy"
 
     @property
     def connection(self) -> Connection:
@@ -50,7 +51,7 @@ class Deployment:
         return [
             sys.executable,
             "-m",
-            "cluster.deploy",
+            self.deployer,
             "--config",
             str(self.folder / "config.yaml"),
             "--connection-file",
@@ -62,9 +63,9 @@ class Deployment:
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         """The deployer once, to its end."""
-        return subprocess.run(
-            self.command(*options), env=self.cluster.environment(), cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=2 * WAIT_S, check=False
-        )
+        environment = self.cluster.environment()
+        environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(PROJECT_ROOT / "tests")])
+        return subprocess.run(self.command(*options), env=environment, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=2 * WAIT_S, check=False)
 
     def apply(self, spec: ClusterSpec | None = None, *options: str) -> str:
         """Deploy (again); what the deployer printed."""
@@ -105,9 +106,9 @@ class Deployment:
 
 
 @contextmanager
-def deployed(cluster: LocalCluster, spec: ClusterSpec, folder: Path) -> Iterator[Deployment]:
+def deployed(cluster: LocalCluster, spec: ClusterSpec, folder: Path, deployer: str = "cluster.deploy") -> Iterator[Deployment]:
     """Deploy, hand over, take down in order; nothing of it may be left."""
-    deployment = Deployment(cluster, spec, folder)
+    deployment = Deployment(cluster, spec, folder, deployer)
     try:
         deployment.apply()
         yield deployment

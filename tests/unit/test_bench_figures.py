@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from actors.core.codecs import FITTED_CODECS, PackedExpert, decode
+from bench.abft import CLASSES, class_of, flip
+from bench.failover_cost import OFF, VARIANTS, cost_of, spec_of
 from bench.growth import Point, exponents_of
 from bench.heap import Heap
 from bench.leak import Look, section_of, slope_of
 from bench.overload import Probe
 from bench.processes import Usage
 from bench.report import Figure, ceiling_of, verdicts
+from bench.rows import Sample
 from bench.saturation import saturation_tables, wire_bytes
-from bench.settings import ECHO, IN_PROCESS, OURS, WIDE_MODEL, Case, Sizes
+from bench.settings import ECHO, IN_PROCESS, OURS, WIDE_MODEL, Case, Settings, Sizes
+from bench.shadow_load import Sustained, _made_up
 from bench.tables import Table
+from cluster.core.descriptors import ExpertDescriptor
 
 
 def figure(row: str, case: Case, *, p50_s: float = 0.001, tokens_per_s: float = 1000.0, caller_s: float = 0.0, server_s: float = 0.0) -> Figure:
@@ -92,3 +101,59 @@ def test_recovery_begins_with_the_first_of_three_usual_answers() -> None:
 
 def test_tables_become_markdown() -> None:
     assert Table("t", ("a", "b"), [("x|y", "1")], "n").markdown() == ["", "**t**", "", "| a | b |", "| --- | ---: |", "| x/y | 1 |", "", "n", ""]
+
+
+def test_a_cost_compares_neighbours_of_the_same_round() -> None:
+    off = [Sample([0.1], rate, 0.01, 0.01) for rate in (100.0, 200.0, 400.0)]
+    own = [Sample([0.1], rate, 0.01, 0.02) for rate in (97.0, 196.0, 420.0)]
+    cost = cost_of(Case(16, 8), VARIANTS[1], own, off)
+    assert cost.ratio == pytest.approx(0.98)
+    assert cost.ratio_spread == pytest.approx((0.97, 1.05))
+    assert cost.cpu_ratio == pytest.approx(1.5)
+    assert cost.is_reached
+    assert cost_of(Case(16, 8), VARIANTS[2], own[:1], off[:1]).is_reached
+    assert not cost_of(Case(16, 8), VARIANTS[1], own[:1], off[:1]).is_reached
+
+
+def test_everything_that_has_a_switch_is_off_where_all_is_off(tmp_path: Path) -> None:
+    for variant in VARIANTS:
+        spec = spec_of(variant, Settings(), tmp_path)
+        is_on = variant.name != OFF
+        assert spec.hedging.enabled is is_on
+        assert bool(spec.models[0].ladder) is bool(spec.models[0].shadow) is is_on
+        assert spec.abft.fraction == variant.fraction
+
+
+@pytest.mark.parametrize(("second_half", "ratio", "is_reached"), [(2000.0, 0.8, True), (2000.0, 0.79, False), (9000.0, 1.0, False)])
+def test_half_a_load_is_sustained_when_it_is_answered_and_the_queue_does_not_grow(second_half: float, ratio: float, is_reached: bool) -> None:
+    found = Sustained("int2", 13.3, 0.25, 1e4, 100, int(100 * ratio), ratio, 0.01, 0.02, 9000, 1000.0, second_half, 0.9)
+    assert found.is_reached is is_reached
+
+
+@pytest.mark.parametrize("codec", FITTED_CODECS)
+def test_made_up_shadows_are_finite_and_of_the_right_shape(codec: str) -> None:
+    expert = ExpertDescriptor(hidden_size=64, intermediate_size=128)
+    made = _made_up(expert, FITTED_CODECS[codec], np.random.default_rng(0))
+    restored = decode(PackedExpert(expert, FITTED_CODECS[codec], made))
+    assert {name: array.shape for name, array in restored.items()} == expert.tensor_shapes()
+    for array in restored.values():
+        assert np.isfinite(array.astype(np.float32)).all()
+        assert array.astype(np.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_flip_is_of_the_bit_that_its_class_names(dtype: torch.dtype) -> None:
+    one = torch.tensor([1.5, -3.25], dtype=dtype)
+    seen = set()
+    for bit in range(8 * dtype.itemsize):
+        wrong = one.clone()
+        flip(wrong, 1, bit)
+        seen.add(class_of(bit, dtype))
+        assert wrong[0] == one[0]
+        if class_of(bit, dtype) == "sign":
+            assert wrong[1] == -one[1]
+        if class_of(bit, dtype).startswith("mantissa"):
+            assert 0 < abs(float(wrong[1]) / float(one[1]) - 1) <= 0.5
+        flip(wrong, 1, bit)
+        assert torch.equal(wrong, one)
+    assert seen == {*CLASSES}
