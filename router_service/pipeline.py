@@ -1,11 +1,13 @@
 """THE data path of one request: validate, gate, capacity, dispatch, combine, report. Readable top to bottom; nothing here touches Ray or disk.
 
-    run -> _prepare   check the call, choose experts, apply capacity, sort rows by expert     (in a thread when the tensors are large)
+    run -> _choose    check the call, choose experts, apply capacity                          (in a thread when the tensors are large)
+        -> waves      small calls that come while others are under way share the rest
+        -> _plan      sort rows by expert
         -> dispatcher pick a copy for each expert, ask all actors at once; a copy that fails or is late is replaced or joined by another
-        -> _finish    what no copy answered goes down the ladder; combine in fp32 in a fixed order, account for every choice
+        -> _finish    what no copy answered goes down the ladder; combine in fp32 in a fixed order, account for every choice of each call
         -> recheck    only where the output is not finite: whose fault is it?
 
-All rows of one expert in one request go to one copy. Everything ends by the call's deadline; cancelling `run` withdraws what was sent.
+All rows of one expert in one wave go to one copy. Everything ends by the call's deadline; cancelling `run` withdraws what was sent for it alone.
 Shape legend: T tokens, D model width, K choices of a token, N rows that experts compute.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, NotReady
+from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, MoeError, NotReady
 from cluster.core.ids import Role
 from cluster.core.routing_table import RoutingTable
 from cluster.telemetry.tracing import Tracing, current_traceparent
 from router_service.caller import tenant_of_call
-from router_service.core.choose import Chosen, choose
+from router_service.core.choose import choose
 from router_service.core.combine import combine, is_finite, not_finite
 from router_service.core.dispatch import ExpertRows, order_choices
 from router_service.core.dispatch_limits import DispatchBudget, DispatchLimits
@@ -36,10 +38,12 @@ from router_service.core.layer_call import THREAD_BYTES, TORCH_DTYPES, GateChoic
 from router_service.core.outcomes import Answer, Ledger, Outcome, Plan, Report
 from router_service.core.trust import Trust
 from router_service.core.validate import check_call, check_choices
+from router_service.core.wave import Share, WaveLimits, joined
 from router_service.dispatcher import Dispatcher, Hedging, Job, LanesPort
 from router_service.fallbacks import Fallbacks, usable_rungs
 from router_service.models import ServedLayer, ServedModel, find_model
 from router_service.recheck import recheck
+from router_service.waves import Waves
 
 __all__ = ["MAX_ATTEMPTS", "GateChoice", "LanesPort", "LayerCall", "LayerReply", "Outcome", "Overflow", "Pipeline", "Plan", "Report", "TopK"]
 
@@ -49,12 +53,11 @@ _NO_FALLBACKS = Fallbacks({}, {})
 
 @dataclass(slots=True, eq=False)
 class _Planned:
-    """One request, planned: what is asked of whom, and what may stand in for those who do not answer."""
+    """The calls of one wave, planned: what is asked of whom, and what may stand in for those who do not answer. `whole` is all of them, joined."""
 
-    call: LayerCall
+    shares: Sequence[Share]
+    whole: Share
     layer: ServedLayer
-    chosen: Chosen
-    x_TD: torch.Tensor
     job: Job
     rungs: tuple[str, ...]
 
@@ -74,6 +77,7 @@ class Pipeline:
         hedging: Hedging | None = None,
         max_tokens: int = 65_536,
         limits: DispatchLimits | None = None,
+        waves: WaveLimits | None = None,
     ) -> None:
         """`trust` says which copies to avoid; without `hedging` nothing is sent twice because it is late."""
         self._models = models
@@ -83,6 +87,7 @@ class Pipeline:
         self._limits = limits or DispatchLimits()
         self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging)
         self.budget = DispatchBudget(self._limits.max_bytes)
+        self._waves = Waves(self._run, waves or WaveLimits())
 
     async def run(self, call: LayerCall) -> LayerReply:
         """Run one MoE layer over the call's tokens.
@@ -91,45 +96,57 @@ class Pipeline:
         """
         if asyncio.get_running_loop().time() >= call.deadline_s:
             raise _too_late()
-        layer, table = self._resolve(call)
+        self._current_table()
+        layer = find_model(self._models, call.model).layer(call.layer)
         is_large = call.hidden_states.nbytes > THREAD_BYTES
         num_choices = check_choices(call, layer.descriptor, self._limits.choices_per_request(layer.row_bytes))
         num_bytes = num_choices * layer.row_bytes
         self.budget.take(num_bytes)
         try:
             async with asyncio.timeout_at(call.deadline_s):
-                planned = await _compute(is_large, self._prepare, call, layer, table)
-                lost = await self.dispatcher.run(planned.job)
-                reply = await _compute(is_large, self._finish, planned, lost)
-                while not is_finite(reply.hidden_states):
-                    found = await recheck(self.dispatcher, planned.job, lost)
-                    if found is None:
-                        raise not_finite(reply.hidden_states)
-                    lost = found
-                    reply = await _compute(is_large, self._finish, planned, lost)
-                return reply
+                share = await _compute(is_large, self._choose, call, layer)
+                return await self._waves.join(share)
         except TimeoutError as error:
             raise _too_late() from error
         finally:
             self.budget.give_back(num_bytes)
 
-    def _resolve(self, call: LayerCall) -> tuple[ServedLayer, RoutingTable]:
+    async def _run(self, shares: Sequence[Share], deadline_s: float) -> Sequence[LayerReply | MoeError]:
+        """Run the calls of one wave, which have the same layer. What a single call is to blame for is in its place; raises what ends them all."""
+        layer, table = shares[0].layer, self._current_table()
+        assert isinstance(layer, ServedLayer)  # noqa: S101  (`run` put it there)
+        is_large = sum(share.call.hidden_states.nbytes for share in shares) > THREAD_BYTES
+        planned = await _compute(is_large, self._plan, shares, layer, table, deadline_s)
+        lost = await self.dispatcher.run(planned.job)
+        replies = await _compute(is_large, self._finish, planned, lost)
+        while not all(map(_is_fine, replies)):
+            found = await recheck(self.dispatcher, planned.job, lost)
+            if found is None:
+                return [_finite_or_error(reply) for reply in replies]
+            lost = found
+            replies = await _compute(is_large, self._finish, planned, lost)
+        return replies
+
+    def _current_table(self) -> RoutingTable:
         table = self._table()
         if table is None:
             message = "this router has no routing table yet; retry in a moment"
             raise NotReady(message)
-        return find_model(self._models, call.model).layer(call.layer), table
+        return table
 
-    def _prepare(self, call: LayerCall, layer: ServedLayer, table: RoutingTable) -> _Planned:
+    def _choose(self, call: LayerCall, layer: ServedLayer) -> Share:
         x_TD = check_call(call, layer.descriptor, layer.dtype, max_tokens=self._max_tokens, num_positions=layer.gate.num_positions)
         if isinstance(call.routing, GateChoice):
             with self._tracing.span("moe.gate", parent=call.traceparent, attributes={"layer": call.layer, "tokens": x_TD.shape[0]}):
-                chosen = choose(call.routing, layer.gate, x_TD)
-        else:
-            chosen = choose(call.routing, layer.gate, x_TD)
+                return Share(call, layer, x_TD, choose(call.routing, layer.gate, x_TD))
+        return Share(call, layer, x_TD, choose(call.routing, layer.gate, x_TD))
+
+    def _plan(self, shares: Sequence[Share], layer: ServedLayer, table: RoutingTable, deadline_s: float) -> _Planned:
+        whole = joined(shares)
+        call = whole.call
         with self._tracing.span("moe.plan", parent=call.traceparent, attributes={"layer": call.layer, "epoch": table.epoch}) as span:
-            order = order_choices(chosen.ids_TK)
-            rows_ND = x_TD.index_select(0, torch.from_numpy(order.rows_N))
+            order = order_choices(whole.chosen.ids_TK)
+            rows_ND = whole.x_TD.index_select(0, torch.from_numpy(order.rows_N))
             span.set(choices=order.rows_N.size, segments=len(order.experts))
         ladder = () if call.fidelity_exact else _ladder_of(table, call.model)
         rungs = usable_rungs(ladder, layer.fallbacks)
@@ -141,49 +158,71 @@ class Pipeline:
             order=order,
             rows_NB=rows_ND.view(torch.uint8).numpy(),
             table=table,
-            deadline_s=call.deadline_s,
+            deadline_s=deadline_s,
             exact=call.fidelity_exact,
             uses_shadows="shadow" in ladder,
-            may_lose=bool(rungs),
+            may_lose=bool(rungs) or len(shares) > 1,  # what one call cannot do without, others may not need
             trace=call.traceparent or current_traceparent(),
             tenant=tenant_of_call.get(),
         )
-        return _Planned(call, layer, chosen, x_TD, job, rungs)
+        return _Planned(shares, whole, layer, job, rungs)
 
-    def _finish(self, planned: _Planned, lost: Mapping[int, str]) -> LayerReply:
-        """Combine what was answered, with what the ladder has for what was not. Raises ExpertUnavailable with the rows that nothing serves."""
-        call, chosen, job = planned.call, planned.chosen, planned.job
-        weights_TK, place_TK, y_ND = chosen.weights_TK, job.order.place_TK, _outputs(planned)
-        if not call.want_plan and _is_all_exact(planned):
-            with self._tracing.span("moe.combine", parent=call.traceparent, attributes={"layer": call.layer, "tokens": chosen.ids_TK.shape[0]}):
-                reply_TD = combine(y_ND, place_TK, weights_TK).to(call.hidden_states.dtype)
-            return LayerReply(reply_TD, Report(exact=place_TK.size, epoch=job.table.epoch))
-        ledger = Ledger(chosen.ids_TK, chosen.weights_TK.numpy(), chosen.dropped_TK)
-        for index, reply in job.replies.items():
-            ledger.answered(index, Answer(reply.version, reply.incarnation.generation, reply.role, reply.attempt))
-        with self._tracing.span("moe.combine", parent=call.traceparent, attributes={"layer": call.layer, "tokens": chosen.ids_TK.shape[0]}):
-            if lost:
-                degraded = stand_in(chosen.ids_TK, weights_TK, lost, planned.rungs)
-                if degraded.unserved_tokens.size:
-                    raise _unavailable(planned, lost, degraded.unserved_tokens)
-                fallbacks = planned.layer.fallbacks or _NO_FALLBACKS
-                y_ND, place_TK = compute_stand_ins(degraded, place_TK, y_ND, planned.x_TD, fallbacks.compute)
-                weights_TK = degraded.weights_TK
-                ledger.stood_in(degraded.outcomes_TK, weights_TK.numpy(), fallbacks.versions_by_outcome)
-            reply_TD = combine(y_ND, place_TK, weights_TK).to(call.hidden_states.dtype)
-        return LayerReply(reply_TD, ledger.report(epoch=job.table.epoch, want_plan=call.want_plan))
+    def _finish(self, planned: _Planned, lost: Mapping[int, str]) -> Sequence[LayerReply | MoeError]:
+        """Combine what was answered, with what the ladder has for what was not; ExpertUnavailable, with its rows, for a call that needs what nothing serves."""
+        call, job, y_ND = planned.whole.call, planned.job, _outputs(planned.job)
+        place_WK, dtype = job.order.place_TK, call.hidden_states.dtype
+        with self._tracing.span("moe.combine", parent=call.traceparent, attributes={"layer": call.layer, "tokens": place_WK.shape[0]}):
+            if _is_all_exact(job) and not any(share.call.want_plan for share in planned.shares):
+                whole_WD = combine(y_ND, place_WK, planned.whole.chosen.weights_TK).to(dtype)
+                return [LayerReply(whole_WD[start:stop], Report(exact=place_WK[start:stop].size, epoch=job.table.epoch)) for _, start, stop in _spans(planned)]
+            return [self._account(planned, share, y_ND, place_WK[start:stop], lost) for share, start, stop in _spans(planned)]
+
+    def _account(self, planned: _Planned, share: Share, y_ND: torch.Tensor, place_TK: NDArray[np.intp], lost: Mapping[int, str]) -> LayerReply | MoeError:
+        """One call's reply, every choice accounted for."""
+        chosen, weights_TK, job = share.chosen, share.chosen.weights_TK, planned.job
+        asked = np.unique(chosen.ids_TK).tolist()
+        ledger = Ledger(chosen.ids_TK, weights_TK.numpy(), chosen.dropped_TK)
+        for index in asked:
+            if (reply := job.replies.get(index)) is not None:
+                ledger.answered(index, Answer(reply.version, reply.incarnation.generation, reply.role, reply.attempt))
+        if missed := {index: lost[index] for index in asked if index in lost}:
+            degraded = stand_in(chosen.ids_TK, weights_TK, missed, planned.rungs)
+            if degraded.unserved_tokens.size:
+                return _unavailable(job, share, missed, degraded.unserved_tokens)
+            fallbacks = planned.layer.fallbacks or _NO_FALLBACKS
+            y_ND, place_TK = compute_stand_ins(degraded, place_TK, y_ND, share.x_TD, fallbacks.compute)
+            weights_TK = degraded.weights_TK
+            ledger.stood_in(degraded.outcomes_TK, weights_TK.numpy(), fallbacks.versions_by_outcome)
+        reply_TD = combine(y_ND, place_TK, weights_TK).to(share.call.hidden_states.dtype)
+        return LayerReply(reply_TD, ledger.report(epoch=job.table.epoch, want_plan=share.call.want_plan))
 
 
-def _is_all_exact(planned: _Planned) -> bool:
+def _spans(planned: _Planned) -> Iterator[tuple[Share, int, int]]:
+    """Each call with its rows [start, stop) of the wave."""
+    start = 0
+    for share in planned.shares:
+        stop = start + share.num_tokens
+        yield share, start, stop
+        start = stop
+
+
+def _is_fine(reply: LayerReply | MoeError) -> bool:
+    """Whether a call needs nothing more: it has failed, or all of its output is finite."""
+    return isinstance(reply, MoeError) or is_finite(reply.hidden_states)
+
+
+def _finite_or_error(reply: LayerReply | MoeError) -> LayerReply | MoeError:
+    return reply if isinstance(reply, MoeError) or is_finite(reply.hidden_states) else not_finite(reply.hidden_states)
+
+
+def _is_all_exact(job: Job) -> bool:
     """Whether every choice is some expert's, and a full-precision copy answered for each: the usual case, which needs no book-keeping by choice."""
-    job = planned.job
     is_answered = len(job.replies) == len(job.order.experts) and job.order.rows_N.size == job.order.place_TK.size
     return is_answered and all(reply.role is Role.REPLICA for reply in job.replies.values())
 
 
-def _outputs(planned: _Planned) -> torch.Tensor:
+def _outputs(job: Job) -> torch.Tensor:
     """What the experts computed, [N, D] in dispatch order; rows that nobody computed are zero."""
-    job = planned.job
     parts = [_answer(job, part) for part in job.order.experts]
     flat = np.concatenate([*parts, job.rows_NB[:0]]).reshape(-1)
     return torch.from_numpy(flat).view(TORCH_DTYPES[job.dtype]).reshape(job.order.rows_N.size, job.width)
@@ -199,12 +238,12 @@ def _ladder_of(table: RoutingTable, model: str) -> tuple[str, ...]:
     return () if entry is None else entry.ladder
 
 
-def _unavailable(planned: _Planned, lost: Mapping[int, str], rows: NDArray[np.intp]) -> ExpertUnavailable:
-    first, num_tokens = min(lost), planned.call.hidden_states.shape[0]
-    message = f"expert {planned.job.expert(first)}: {lost[first]}"
-    if len(lost) > 1:
-        message += f", and {len(lost) - 1} more experts of this layer likewise"
-    message += f"; {rows.size} of {num_tokens} rows failed; retry, or see `moelastic status`"
+def _unavailable(job: Job, share: Share, missed: Mapping[int, str], rows: NDArray[np.intp]) -> ExpertUnavailable:
+    first = min(missed)
+    message = f"expert {job.expert(first)}: {missed[first]}"
+    if len(missed) > 1:
+        message += f", and {len(missed) - 1} more experts of this layer likewise"
+    message += f"; {rows.size} of {share.num_tokens} rows failed; retry, or see `moelastic status`"
     return ExpertUnavailable(message, failed_rows=tuple(rows.tolist()))
 
 

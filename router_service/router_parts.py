@@ -24,6 +24,7 @@ from router_service.core.hedging import HedgeBudget, Lateness
 from router_service.core.liveness import Liveness
 from router_service.core.trust import Trust
 from router_service.core.verdicts import LivenessLimits, State
+from router_service.core.wave import WaveLimits
 from router_service.counted_lanes import CountedLanes
 from router_service.counters import Counters
 from router_service.dispatcher import Hedging
@@ -80,6 +81,7 @@ class RouterParts:
             hedging=_hedging(spec, self.actor_health),
             max_tokens=limit,
             limits=_dispatch_limits(spec),
+            waves=WaveLimits(max_calls=spec.router.max_wave_calls),
         )
         self.actor_health.on_pulse = self.pipeline.dispatcher.pulse
         self.feed = TableFeed(config.control_address, secrets.control_token, router_id=config.router_id, adopt=adopt, rng=rng)
