@@ -25,6 +25,7 @@ from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.link_frames import Cool, Warm, fault_token_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.status import ActorReport, CommandReply
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices
 from cluster.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class ExpertActor:
                 raise NotReady(message)
             if self._running is None:
                 self._running = await self._start(node_id, self._config.link_host or node_address or own_address())
+                if self._config.short_slices:  # last: threads that were started before, as the computing one, have none
+                    ask_for_slices(SHORT_SLICE_NS)
         return self._report(self._running)
 
     async def _start(self, node_id: str, host: str) -> _Running:

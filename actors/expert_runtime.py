@@ -52,6 +52,7 @@ from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.ids import CopyId, Role
 from cluster.core.link_frames import Forward, SegmentStatus
 from cluster.core.status import SlotReport
+from cluster.scheduling import give_way
 from cluster.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -295,6 +296,8 @@ class ExpertRuntime:
 
     def _prepare(self) -> None:
         torch.set_num_threads(1)
+        if self._staging.device.type == "cpu":
+            give_way(self._config.compute_niceness)
         with self._staging.scope():
             self_test(self._staging.device)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import threading
 from typing import Final
+
+from cluster.scheduling import give_way
 
 NICENESS: Final = 10
 
@@ -19,9 +20,7 @@ def import_quietly(*modules: str) -> None:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    own = threading.get_native_id()
-    with contextlib.suppress(OSError):  # elsewhere than on Linux a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, own, max(NICENESS, os.getpriority(os.PRIO_PROCESS, own)))
+    give_way(NICENESS)
     with contextlib.suppress(ImportError):
         for name in modules:
             importlib.import_module(name)

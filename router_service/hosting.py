@@ -22,6 +22,7 @@ import uvloop
 from cluster.core.actor_config import RouterConfig
 from cluster.core.status import RouterObservation
 from cluster.heap import settle_heap
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices
 from router_service.models import GateStore
 from router_service.server import RouterActor, RouterSecrets
 
@@ -42,12 +43,15 @@ class RouterHost:
         self._router = RouterActor(config, secrets, store=store, on_fault=self._leave)
         self._leave_process = leave_process
         self._drain_timeout_s = config.spec.router.drain_timeout_s
+        self._has_short_slices = config.spec.scheduling.short_slices
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="router-loop", daemon=True)
 
     async def start(self, node_id: str) -> RouterObservation:
         """As `RouterActor.start`."""
         if self._thread.ident is None:
+            if self._has_short_slices:
+                ask_for_slices(SHORT_SLICE_NS)
             self._thread.start()
             _before_exit(self._stop_at_exit)
         observation = await self._there(self._router.start(node_id))

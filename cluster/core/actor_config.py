@@ -49,6 +49,8 @@ class ExpertActorConfig(_Config):
     redigest_s: float = 300.0
     chaos_allowed: bool = False
     sentinel: bool = False
+    short_slices: bool = False
+    compute_niceness: int = 0
     code_digest: str = ""
     telemetry: TelemetryConfig = TelemetryConfig()
 

@@ -53,6 +53,8 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         redigest_s=spec.abft.redigest_s,
         chaos_allowed=spec.chaos == "allowed",
         sentinel=actors.sentinel,
+        short_slices=spec.scheduling.short_slices,
+        compute_niceness=spec.scheduling.compute_niceness,
         code_digest=launch.code_digest,
         telemetry=TelemetryConfig(
             sampling_ratio=spec.telemetry.sampling_ratio,

@@ -175,6 +175,13 @@ class ReplicationSpec(_Section):
     reserve_actors: NonNegativeInt = Field(1, description="free slots are left for the copies of so many lost actors")
 
 
+class SchedulingSpec(_Section):
+    """What the kernel is told where processes share cores: threads that answer go before those that compute. Linux; elsewhere nothing is said."""
+
+    short_slices: bool = Field(default=True, description="routers and links run sooner when they wake, for no more of a core (Linux 6.12 and later)")
+    compute_niceness: int = Field(6, ge=0, le=19, description="of the threads that compute experts on a CPU; a device's are left alone")
+
+
 class RouterSpec(_Section):
     """The gRPC service."""
 
@@ -269,6 +276,7 @@ class ClusterSpec(_Section):
         "refused", description="allowed: holders of the fault token may inject faults with `moelastic chaos`; never in production"
     )
     router: RouterSpec = RouterSpec()
+    scheduling: SchedulingSpec = SchedulingSpec()
     control: ControlSpec = ControlSpec()
     auth: AuthSpec = AuthSpec()
     telemetry: TelemetrySpec = TelemetrySpec()

@@ -28,7 +28,7 @@ class WaveLimits:
     """
 
     max_calls: int = 64
-    max_bytes: int = 256 << 10
+    max_bytes: int = 512 << 10
     max_call_bytes: int = 64 << 10
     max_overlapping_calls: int = 2
     max_hold_s: float = 0.05
