@@ -68,17 +68,21 @@ class Caller:
             found[ending].append(time.perf_counter() - begun_s)
 
         begun_s, number = time.perf_counter(), 0
+        late: list[float] = []
+        slept_s = begun_s
         while (elapsed_s := time.perf_counter() - begun_s) < seconds:
+            late.append(begun_s + elapsed_s - slept_s)
             while number < elapsed_s * rate_per_s:
                 task = asyncio.ensure_future(one(number))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
                 number += 1
+            slept_s = time.perf_counter() + 0.001
             await asyncio.sleep(0.001)
         ended_s, num_in_window = time.time(), len(found["answered"])
         await asyncio.gather(*under_way)
         answer = {"num_sent": number, "answered_s": found["answered"], "refused_s": found["refused"], "ended_s": ended_s, "num_in_window": num_in_window}
-        return answer | {"num_late": len(found["late"]), "num_failed": len(found["failed"])}
+        return answer | {"num_late": len(found["late"]), "num_failed": len(found["failed"]), "loop_late_s": late}
 
     def _block(self, inputs: list[Rows], model: str, at_least: int, seconds: float, pause_s: float = 0.0) -> list[float]:
         latencies: list[float] = []

@@ -121,6 +121,7 @@ def _flood(row: Row, memory: Memory, rate_per_s: float, seconds: float) -> dict[
         "refusal_s_p50": median(refused) if refused else None,
         "refusal_s_p99": quantiles(refused, n=100)[-1] if len(refused) > 1 else None,
         "ended_s": answer["ended_s"],
+        "load_late_s_p99": quantiles(answer["loop_late_s"], n=100)[-1],
     }
 
 
@@ -137,5 +138,8 @@ def _table(found: dict[str, Any]) -> Table:
         ("router's memory, grown at most", f"{grown:.0f} MiB", "bounded by router.max_inflight_bytes and max_dispatch_bytes"),
         ("usual again after", "never while watched" if recovery_s is None else f"{recovery_s:.2f} s", f"at most {RECOVERY_GOAL_S:.0f} s"),
     ]
-    note = f"Requests of {TOKENS} tokens at even intervals, {DEADLINE_S:.0f} s each, no retries; the load is made on the same cores."
+    note = (
+        f"Requests of {TOKENS} tokens at even intervals, {DEADLINE_S:.0f} s each, no retries; the load is made on the same cores, by a process that was late "
+        f"by {1e3 * found['load_late_s_p99']:.1f} ms itself (p99)."
+    )
     return Table(f"{FACTOR} times overload", ("", "measured", "goal"), rows, note)

@@ -35,7 +35,10 @@ HIVEMIND_ELSEWHERE_S = {Case(1, 8, WIDE_MODEL): 0.069, Case(1, 64, WIDE_MODEL): 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row in one case. `p50_s` and `tokens_per_s` are medians over the rounds, with the smallest and largest round beside them."""
+    """One row in one case. `p50_s` and `tokens_per_s` are medians over the rounds, with the smallest and largest round beside them.
+
+    `rounds_p50_s`, `rounds_tokens_per_s`: of each round, in order.
+    """
 
     case: str
     row: str
@@ -48,6 +51,8 @@ class Figure:
     client_cpu_s_per_call: float
     server_cpu_s_per_call: float
     num_calls: int
+    rounds_p50_s: tuple[float, ...] = ()
+    rounds_tokens_per_s: tuple[float, ...] = ()
 
 
 def figure_of(case: Case, row: Row | BestOf) -> Figure:
@@ -68,6 +73,8 @@ def figure_of(case: Case, row: Row | BestOf) -> Figure:
         client_cpu_s_per_call=median(sample.cpu_s_per_call for sample in samples),
         server_cpu_s_per_call=median(sample.server_cpu_s_per_call for sample in samples),
         num_calls=len(latencies),
+        rounds_p50_s=tuple(p50s),
+        rounds_tokens_per_s=tuple(rates),
     )
 
 
@@ -122,25 +129,34 @@ def ceiling_of(case: Case, reference: Figure, echo: Figure) -> float:
 
 
 def _ratio(case: Case, ours: Figure, other: Figure) -> float:
-    """Latency of one caller, throughput of many."""
-    return ours.p50_s / other.p50_s if case.callers == 1 else ours.tokens_per_s / other.tokens_per_s
+    """Latency of one caller, throughput of many: the median of each round's own ratio, since a machine's speed drifts from round to round."""
+    if case.callers == 1:
+        return _paired(ours.rounds_p50_s, other.rounds_p50_s) or ours.p50_s / other.p50_s
+    return _paired(ours.rounds_tokens_per_s, other.rounds_tokens_per_s) or ours.tokens_per_s / other.tokens_per_s
+
+
+def _paired(ours: Sequence[float], others: Sequence[float]) -> float | None:
+    """None where there are no rounds, or not as many on both sides."""
+    if not ours or len(ours) != len(others):
+        return None
+    return median(own / other for own, other in zip(ours, others, strict=True))
 
 
 def _against_serve(case: Case, ours: Figure, found: dict[str, Figure]) -> list[Verdict]:
     goal, serve = GOALS.get(case), [found[row] for row in SERVE_ROWS if row in found]
     if goal is None or not serve:
         return []
-    ahead = (min(row.p50_s for row in serve) / ours.p50_s) if case.callers == 1 else ours.tokens_per_s / max(row.tokens_per_s for row in serve)
+    ahead = min(1 / _ratio(case, ours, row) if case.callers == 1 else _ratio(case, ours, row) for row in serve)
     result = [Verdict(case.name, f"{ahead:.1f} x the better Ray Serve (goal: at least {goal.better_serve})", ahead >= goal.better_serve)]
     if goal.serve_per_expert is not None and (theirs := found.get(PER_EXPERT)):
-        times = ours.tokens_per_s / theirs.tokens_per_s
+        times = _ratio(case, ours, theirs)
         result.append(Verdict(case.name, f"{times:.1f} x Ray Serve per expert (goal: at least {goal.serve_per_expert:.0f})", times >= goal.serve_per_expert))
     return result
 
 
 def _against_hivemind(case: Case, ours: Figure, theirs: Figure | None) -> list[Verdict]:
     if theirs is not None:
-        ahead, where = theirs.p50_s / ours.p50_s, f"hivemind's {1e3 * theirs.p50_s:.0f} ms"
+        ahead, where = 1 / _ratio(case, ours, theirs), f"hivemind's {1e3 * theirs.p50_s:.0f} ms"
     elif case in HIVEMIND_ELSEWHERE_S:
         ahead, where = (
             HIVEMIND_ELSEWHERE_S[case] / ours.p50_s,

@@ -94,8 +94,8 @@ class Settings:
 
     sizes: Sizes = Sizes()
     cases: tuple[Case, ...] = CASES
-    rounds: int = 4
-    seconds: float = 0.5
+    rounds: int = 8
+    seconds: float = 0.35
     warm_up_calls: int = 3
     num_actors: int = field(default_factory=lambda: max(2, os.cpu_count() or 2))
     rows: tuple[str, ...] = ROWS

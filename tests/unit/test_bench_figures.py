@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,15 @@ def test_a_verdict_compares_with_its_goal(ours_s: float, is_reached: bool) -> No
     figures = [figure(OURS, case, p50_s=ours_s), figure(IN_PROCESS, case, p50_s=0.004), figure(ECHO, case)]
     (found,) = verdicts(case, figures)
     assert found.is_reached is is_reached
+
+
+def test_a_machine_whose_speed_drifts_changes_no_ratio() -> None:
+    case, rounds = Case(1, 8), (0.004, 0.008, 0.006)
+    ours = replace(figure(OURS, case, p50_s=0.006), rounds_p50_s=tuple(1.2 * p50_s for p50_s in rounds))
+    theirs = replace(figure(IN_PROCESS, case, p50_s=0.004), rounds_p50_s=rounds)
+    (found,) = verdicts(case, [ours, theirs, figure(ECHO, case)])
+    assert found.text.startswith("1.20 x")
+    assert found.is_reached
 
 
 def test_hivemind_measured_elsewhere_is_named_as_such() -> None:
