@@ -45,13 +45,11 @@ class RouterHost:
         self._drain_timeout_s = config.spec.router.drain_timeout_s
         self._has_short_slices = config.spec.scheduling.short_slices
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="router-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="router-loop", daemon=True)
 
     async def start(self, node_id: str) -> RouterObservation:
         """As `RouterActor.start`."""
         if self._thread.ident is None:
-            if self._has_short_slices:
-                ask_for_slices(SHORT_SLICE_NS)
             self._thread.start()
             _before_exit(self._stop_at_exit)
         observation = await self._there(self._router.start(node_id))
@@ -68,6 +66,11 @@ class RouterHost:
             await self._there(self._router.stop(timeout_s))
             self._loop.call_soon_threadsafe(self._loop.stop)
             await asyncio.to_thread(self._thread.join, EXIT_MARGIN_S)
+
+    def _run(self) -> None:
+        if self._has_short_slices:  # and so have the threads that gRPC and the executor start from here
+            ask_for_slices(SHORT_SLICE_NS)
+        self._loop.run_forever()
 
     async def _there(self, work: Coroutine[Any, Any, _R]) -> _R:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
