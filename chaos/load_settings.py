@@ -21,7 +21,7 @@ class LoadSettings(BaseModel):
     known_path: Path
     records_path: Path
     kept_dir: Path
-    max_outstanding: int = 1024
+    max_outstanding: int = 4096
     seed: int = 0
 
 

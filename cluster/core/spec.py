@@ -179,7 +179,13 @@ class SchedulingSpec(_Section):
     """What the kernel is told where processes share cores: threads that answer go before those that compute. Linux; elsewhere nothing is said."""
 
     short_slices: bool = Field(default=True, description="routers and links run sooner when they wake, for no more of a core (Linux 6.12 and later)")
-    compute_niceness: int = Field(6, ge=0, le=19, description="of the threads that compute experts on a CPU; a device's are left alone")
+    compute_niceness: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="of the threads that compute experts on a CPU: more throughput while nothing else wants the cores, less for experts when something does,"
+        " as processes that start",
+    )
 
 
 class RouterSpec(_Section):
