@@ -172,7 +172,7 @@ class ActorLane:
 
     def hint(self, hint: Warm | Cool) -> None:
         """Hint that rows for a shadow are likely, or not any more."""
-        if self._link is not None and self._link.phase is LinkPhase.READY:
+        if self._link is not None and self._link.phase is LinkPhase.READY and (isinstance(hint, Warm) or self._link.knows_cool):
             self._link.send(hint)
 
     async def retire(self, reason: str, timeout_s: float) -> None:

@@ -21,10 +21,11 @@ from typing import Final
 import psutil
 
 from cluster.core.actor_config import RouterConfig, router_ids
-from cluster.core.errors import ConfigError
+from cluster.core.errors import ConfigError, NotReady
 from cluster.core.spec import MAX_PORT
 
 RETRY_S: Final = 0.1
+TURN_S: Final = 30.0
 Listen = Callable[[int], Awaitable[int]]
 _Life = tuple[int, float]
 
@@ -44,7 +45,8 @@ class RouterAddress:
     async def listen(self, listen: Listen, *, patience_s: float) -> int:
         """Listen on the port of the spec, or where that is 0 on the one that was had before: clients find it again after a restart. Raises ConfigError.
 
-        The life before may still be draining on a port that it is known to have had; then it is waited for, `patience_s` at most.
+        The life before may still be draining on a port that it is known to have had; then it is waited for, `patience_s` at most. NotReady: a sibling
+        hangs in its turn.
         """
         until_s, given_up = time.monotonic() + patience_s, 0
         while True:
@@ -103,10 +105,14 @@ class RouterAddress:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._turn_path.open("w") as file:
+            until_s = time.monotonic() + TURN_S
             while True:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
+                if time.monotonic() >= until_s:
+                    message = f"router: another router of this deployment has been about to listen for {TURN_S:g} s and hangs; end its process"
+                    raise NotReady(message)
                 await asyncio.sleep(RETRY_S)
             yield
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from cluster.core.errors import InvalidRequest, MoeError, ReplicaUnavailable
 from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Cool, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Warm, Welcome
-from cluster.core.link_handshake import RouterSide, error_of, refusal_of
+from cluster.core.link_handshake import COOL_PROTOCOL, RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import printable
 from cluster.core.routing_table import ActorEndpoint
@@ -99,6 +99,11 @@ class LinkClient:
     def last_heard_age_s(self) -> float:
         """Seconds since the actor gave a sign of life."""
         return self._stream.silence_s() if self._stream is not None else 0.0
+
+    @property
+    def knows_cool(self) -> bool:
+        """Whether the actor is new enough to be told that a shadow's replica is back; an older one would end the link."""
+        return self._side is not None and self._side.protocol >= COOL_PROTOCOL
 
     @property
     def bytes_sent(self) -> int:

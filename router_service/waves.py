@@ -105,11 +105,11 @@ class Waves:
             elif not future.done():
                 future.set_result(outcome)
 
-    async def _again(self, share: Share) -> LayerReply | MoeError:
+    async def _again(self, share: Share) -> LayerReply | Exception:
         """One call's rows must never fail another's: what ended the wave ends, by itself, only the call that it belongs to."""
         try:
             (outcome,) = await self._run([share], share.call.deadline_s)
-        except MoeError as error:
+        except Exception as error:  # noqa: BLE001  (else nobody of the wave would hear of anything)
             return error
         return outcome
 

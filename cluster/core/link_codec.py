@@ -45,7 +45,7 @@ from cluster.core.link_frames import (
 from cluster.core.link_values import bytes_of, count_of, flag_of, seconds_of, size_of, text_of
 
 MAGIC = b"MOEL"
-PROTOCOL = 1
+PROTOCOL = 1  # of the layout; what the two sides may say to each other beyond it, they agree on in the handshake
 PREFIX = struct.Struct("<4sHHIQ")
 MAX_HEADER_BYTES = 1 << 20
 MAX_HANDSHAKE_BYTES = 4096

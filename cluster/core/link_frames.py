@@ -212,10 +212,9 @@ class Goodbye:
 
 
 @dataclass(frozen=True, slots=True)
-class Warm:
-    """Router to actor: rows for this shadow are likely soon, since its replica is suspected; expand it where there is time. Only a hint: no reply."""
+class ShadowHint:
+    """Router to actor: what is to be expected of a shadow. Only a hint: no reply."""
 
-    KIND: ClassVar[int] = 24
     model: str
     layer: int
     index: int
@@ -223,14 +222,17 @@ class Warm:
 
 
 @dataclass(frozen=True, slots=True)
-class Cool:
-    """Router to actor: the replica of this shadow is back, the shadow need not stay expanded for this router. Only a hint: no reply."""
+class Warm(ShadowHint):
+    """Rows for this shadow are likely soon, since its replica is suspected; expand it where there is time."""
+
+    KIND: ClassVar[int] = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Cool(ShadowHint):
+    """The replica of this shadow is back, the shadow need not stay expanded for this router. Only for actors of COOL_PROTOCOL."""
 
     KIND: ClassVar[int] = 25
-    model: str
-    layer: int
-    index: int
-    version: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,13 @@ import struct
 
 from cluster.core.errors import MoeError, NotReady, Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
 from cluster.core.ids import Incarnation
-from cluster.core.link_codec import PROTOCOL
 from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, Welcome
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import MAX_TEXT_CHARS, printable
 
-MIN_PROTOCOL = 1
+MIN_PROTOCOL, MAX_PROTOCOL = 1, 2
+# From this one on actors know Cool; nothing else differs, so frames are laid out as in 1.
+COOL_PROTOCOL = 2
 _REFUSALS: dict[str, type[MoeError]] = {
     "UNAUTHENTICATED": Unauthenticated,
     "PROTOCOL_MISMATCH": ProtocolMismatch,
@@ -35,12 +36,12 @@ class ActorSide:
     def __init__(self, incarnation: Incarnation, key: bytes, nonce: bytes, limits: LinkLimits) -> None:
         self._key = key
         self._limits = limits
-        self.challenge = Challenge(MIN_PROTOCOL, PROTOCOL, incarnation.actor_id, incarnation.generation, nonce)
+        self.challenge = Challenge(MIN_PROTOCOL, MAX_PROTOCOL, incarnation.actor_id, incarnation.generation, nonce)
 
     def welcome(self, proof: Proof) -> Welcome:
         """Check a router's proof. Raises ProtocolMismatch or Unauthenticated."""
-        if not MIN_PROTOCOL <= proof.protocol <= PROTOCOL:
-            message = f"link protocol {proof.protocol} is not spoken by the actor (it speaks {MIN_PROTOCOL} to {PROTOCOL}); update the older side"
+        if not MIN_PROTOCOL <= proof.protocol <= MAX_PROTOCOL:
+            message = f"link protocol {proof.protocol} is not spoken by the actor (it speaks {MIN_PROTOCOL} to {MAX_PROTOCOL}); update the older side"
             raise ProtocolMismatch(message)
         if not hmac.compare_digest(handshake_mac(self._key, "router", self.challenge, proof), proof.mac):
             message = "the router does not know the link key of this incarnation; check that both sides hold the deployment's link secret"
@@ -59,6 +60,7 @@ class RouterSide:
         self._nonce = nonce
         self._router_id = router_id
         self._expected = b""
+        self.protocol = MIN_PROTOCOL
 
     def prove(self, challenge: Challenge) -> Proof:
         """Check who answers at the endpoint, and prove the key. Raises ReplicaRejected (another life) or ProtocolMismatch."""
@@ -69,14 +71,15 @@ class RouterSide:
         if found != self._incarnation:
             message = f"{printable(str(found))} answers where {self._incarnation} was expected; the routing table is out of date"
             raise ReplicaRejected(message)
-        protocol = min(challenge.max_protocol, PROTOCOL)
+        protocol = min(challenge.max_protocol, MAX_PROTOCOL)
         if protocol < max(challenge.min_protocol, MIN_PROTOCOL):
             spoken = f"{challenge.min_protocol} to {challenge.max_protocol}"
-            message = f"the actor speaks link protocols {spoken}, this router {MIN_PROTOCOL} to {PROTOCOL}; update the older side"
+            message = f"the actor speaks link protocols {spoken}, this router {MIN_PROTOCOL} to {MAX_PROTOCOL}; update the older side"
             raise ProtocolMismatch(message)
         if len(challenge.nonce) != NONCE_BYTES:
             message = f"the actor's nonce has {len(challenge.nonce)} bytes where {NONCE_BYTES} are due"
             raise ProtocolMismatch(message)
+        self.protocol = protocol
         unsigned = Proof(protocol, self._router_id, self._nonce, b"")
         self._expected = handshake_mac(self._key, "actor", challenge, unsigned)
         return Proof(protocol, self._router_id, self._nonce, handshake_mac(self._key, "router", challenge, unsigned))

@@ -205,7 +205,9 @@ class RouterSpec(_Section):
     max_concurrent_requests: PositiveInt = 1024
     max_queued_tokens: PositiveInt = Field(262_144, description="rows waiting for a frame, over all actors; one request may have no more choices")
     max_dispatch_bytes: PositiveInt = Field(2048 * MIB, description="bytes of rows on their way to experts, over all requests; one may have a quarter")
-    max_wave_calls: PositiveInt = Field(64, description="small calls for one layer that come while the router is busy share a dispatch; 1: never")
+    max_wave_calls: PositiveInt = Field(
+        64, description="small calls for one layer that come while two are under way share a dispatch, traced ones apart; 1: never"
+    )
     default_timeout_s: PositiveFloat = Field(30.0, description="deadline of a request that brings none")
     max_timeout_s: PositiveFloat = 600.0
     drain_timeout_s: PositiveFloat = 10.0

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from cluster.core import link_handshake
 from cluster.core.errors import ReplicaUnavailable
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_frames import Cool, Warm
+from cluster.core.link_handshake import MAX_PROTOCOL
 from cluster.core.routing_table import RoutingTable, TableCopy, TableModel
 from kit.link import SECRET, VERSION, FakeActor, random_rows, request, running_actor, until
 from kit.pipelines import NAME, E, K, T, call, served
@@ -227,6 +229,20 @@ async def test_a_reset_takes_rows_elsewhere_at_once_and_ejects() -> None:
         assert reply.report.shadow == T * K
         assert made.health.num_ejections == 1
         assert torch.isfinite(reply.hidden_states).all()
+
+
+@pytest.mark.parametrize("newest", [1, MAX_PROTOCOL])
+async def test_an_actor_too_old_for_a_hint_does_not_get_it_and_keeps_its_link(newest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_handshake, "MAX_PROTOCOL", newest)
+    async with router(2) as made:
+        hints: list[Warm | Cool] = []
+        made.actors[0].server.hint = hints.append
+        lane, place = made.lanes._lanes[made.actors[0].endpoint.incarnation], (NAME, 3, 0, bytes(32))
+        lane.hint(Cool(*place))
+        lane.hint(Warm(*place))
+        await until(lambda: Warm(*place) in hints)
+        assert (Cool(*place) in hints) is (newest > 1)
+        assert made.lanes.status()[0].num_connects == 1
 
 
 async def test_an_actor_that_never_answered_its_window_is_tried_on_a_fresh_link() -> None:

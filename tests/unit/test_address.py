@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.core.actor_config import RouterConfig
-from cluster.core.errors import ConfigError
+from cluster.core.errors import ConfigError, NotReady
 from cluster.core.status import ActorState
 from kit.feed import FakeControl, control
 from kit.link import FakeActor, running_actor, until
@@ -115,6 +115,16 @@ async def test_a_port_that_a_stranger_would_share_is_refused_by_name(tmp_path: P
         await RouterAddress(settings_of(tmp_path, port=port)).listen(Listener(stack), patience_s=0.0)
     with ExitStack() as stack:
         assert await RouterAddress(settings_of(tmp_path, port=port)).listen(Listener(stack), patience_s=0.0) == port
+
+
+async def test_a_sibling_that_hangs_in_its_turn_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router_service.address.TURN_S", 0.2)
+    hanging, waiting = RouterAddress(settings_of(tmp_path)), RouterAddress(settings_of(tmp_path, 1))
+    with ExitStack() as stack:
+        async with hanging._turn():
+            with pytest.raises(NotReady, match="hangs; end its process"):
+                await waiting.listen(Listener(stack), patience_s=0.0)
+        assert await waiting.listen(Listener(stack), patience_s=0.0) > 0
 
 
 async def test_elsewhere_than_on_linux_several_routers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from cluster.core.errors import MoeError, Overloaded, ProtocolMismatch, ReplicaR
 from cluster.core.ids import Incarnation
 from cluster.core.link_codec import MAX_HANDSHAKE_BYTES, encode
 from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, derive_link_key
-from cluster.core.link_handshake import ActorSide, RouterSide, error_of, refusal_of
+from cluster.core.link_handshake import COOL_PROTOCOL, MAX_PROTOCOL, ActorSide, RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 
 ME = Incarnation("actor-3", 7)
@@ -29,6 +29,16 @@ def test_two_sides_with_one_key_agree_on_the_actors_limits() -> None:
     there, here = actor(), router()
     welcome = here.accept(there.welcome(here.prove(there.challenge)))
     assert (welcome.max_frame_bytes, welcome.max_tokens_per_frame, welcome.frames_in_flight) == (1000, 10, 3)
+
+
+@pytest.mark.parametrize(("newest", "agreed"), [(1, 1), (2, 2), (9, MAX_PROTOCOL)])
+def test_a_router_knows_what_an_older_or_newer_actor_may_be_told(newest: int, agreed: int) -> None:
+    there, here = actor(), router()
+    there.challenge = dataclasses.replace(there.challenge, max_protocol=newest)
+    proof = here.prove(there.challenge)
+    here.accept(there.welcome(proof))
+    assert here.protocol == proof.protocol == agreed
+    assert (here.protocol >= COOL_PROTOCOL) is (newest > 1)
 
 
 def test_an_actor_refuses_a_router_without_the_key() -> None:
@@ -74,14 +84,14 @@ def test_the_routers_own_proof_does_not_pass_as_the_actors() -> None:
         here.accept(reflected)
 
 
-@pytest.mark.parametrize("bounds", [(2, 3), (9, 9)])
+@pytest.mark.parametrize("bounds", [(MAX_PROTOCOL + 1, MAX_PROTOCOL + 2), (9, 9)])
 def test_protocols_that_do_not_overlap_are_refused(bounds: tuple[int, int]) -> None:
     challenge = dataclasses.replace(actor().challenge, min_protocol=bounds[0], max_protocol=bounds[1])
     with pytest.raises(ProtocolMismatch):
         router().prove(challenge)
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 99])
+@pytest.mark.parametrize("protocol", [0, MAX_PROTOCOL + 1, 99])
 def test_an_actor_refuses_a_protocol_that_it_does_not_speak(protocol: int) -> None:
     there = actor()
     with pytest.raises(ProtocolMismatch):

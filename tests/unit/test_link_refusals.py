@@ -104,8 +104,8 @@ def make_listener() -> Iterator[MakeListener]:
 
 
 async def test_an_actor_that_speaks_only_newer_protocols_is_refused_by_name(make_listener: MakeListener) -> None:
-    endpoint = await make_listener(encode(Challenge(2, 3, "actor-0", 1, bytes(32))))
-    with pytest.raises(ProtocolMismatch, match="2 to 3"):
+    endpoint = await make_listener(encode(Challenge(3, 4, "actor-0", 1, bytes(32))))
+    with pytest.raises(ProtocolMismatch, match="3 to 4"):
         await connect(endpoint)
 
 

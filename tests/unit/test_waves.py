@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.core.errors import DataLoss, DeadlineExceeded, ExpertUnavailable, InvalidRequest, MoeError, Overloaded, ReplicaFaulted
+from cluster.core.errors import DataLoss, DeadlineExceeded, ExpertUnavailable, InvalidRequest, InvariantBroken, MoeError, Overloaded, ReplicaFaulted
 from cluster.core.ids import ExpertId, Role
 from cluster.core.routing_table import RoutingTable, TableCopy
 from cluster.telemetry.tracing import Tracing
 from kit.lanes import copy_on
 from kit.pipelines import NAME, E, K, Setup, call, expected, one_copy_each, setup, version_of
 from router_service.caller import tenant_of_call
-from router_service.core.wave import DEADLINE_SLACK, Patience, WaveDraft, WaveLimits
+from router_service.core.wave import DEADLINE_SLACK, Patience, Share, WaveDraft, WaveLimits
 from router_service.pipeline import GateChoice, LayerCall, LayerReply, Overflow, TopK
 
 LIMITS = WaveLimits(max_overlapping_calls=1, max_hold_s=10.0)
@@ -172,6 +172,26 @@ async def test_rows_that_overflow_the_experts_fail_their_own_call_alone() -> Non
     assert replies[1].failed_rows == (2,)
     assert torch.equal(replies[2].hidden_states, expected(good, made.model))
     assert made.pipeline.dispatcher.trust.is_calm, "nobody is blamed"
+
+
+async def test_a_call_that_a_bug_ends_when_it_is_tried_by_itself_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = setup(waves=LIMITS), [call(seed, num_tokens=1 + seed) for seed in range(3)]
+    plan = made.pipeline._plan
+
+    def failing(shares: Sequence[Share], *rest: object) -> object:
+        if len(shares) > 1:
+            message = "of the wave"
+            raise InvariantBroken(message)
+        if shares[0].call is calls[1]:
+            message = "of this call"
+            raise RuntimeError(message)
+        return plan(shares, *rest)
+
+    monkeypatch.setattr(made.pipeline, "_plan", failing)
+    async with asyncio.timeout(10):
+        outcomes = await together(made, calls[0], calls[1:])
+    assert isinstance(outcomes[1], RuntimeError)
+    assert torch.equal(outcomes[2].hidden_states, expected(calls[2], made.model))
 
 
 async def test_what_ends_a_dispatch_ends_its_calls_each_with_an_error_of_its_own() -> None:
