@@ -236,6 +236,7 @@ class SimLink:
         self.last_heard_age_s = 0.0
         self.bytes_sent = self.bytes_received = 0
         self.is_owed = False  # an answer is due on it that never comes
+        self.knows_cool = True
         self._num_pings = 0
         self.opened_s = actor.loop.time()
         actor.links.append(self)

@@ -12,11 +12,14 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from kit.failover_faults import FAULTS
 from kit.failover_world import Ended, Plan, simulate
+from kit.sim_actors import SimLink
+from router_service.link_client import LinkClient
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_SEED = os.environ.get("MOELASTIC_SIM_SEED")
@@ -24,6 +27,14 @@ SEEDS = (int(ONE_SEED),) if ONE_SEED else tuple(range(int(os.environ.get("MOELAS
 ADDED_UP = 120
 needs_many = pytest.mark.skipif(len(SEEDS) < ADDED_UP, reason="adds up many seeds")
 EXACT_AGAIN_LIMIT_S = 10.0
+
+
+def test_a_simulated_link_has_all_that_a_real_one_offers() -> None:
+    """A lane may come to use any of it; mypy cannot tell, since the simulation takes the class's place."""
+    link = SimLink(mock.Mock(), on_result=mock.Mock(), on_lost=mock.Mock(), on_progress=mock.Mock())
+    offered = {name for name in vars(LinkClient) if not name.startswith("_")} - {"connect"}
+    assert len(offered) > 5
+    assert {name for name in offered if not hasattr(link, name)} == set()
 
 
 @cache
