@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -79,20 +79,53 @@ def _cell(scorer: Scorer, expert: ExpertShadows, title: str, name: str) -> Cell:
     return Cell(*expert.place, title, memory, shadow.fidelity.relative_error, shadow.fidelity.cosine, rise)
 
 
-def write_report(folder: Path, scorer: Scorer, made: Sequence[ExpertShadows], facts: Mapping[str, Any]) -> None:
-    """Score every cell; write the JSON, its tables and its picture, with these facts about how it was measured."""
+class Progress:
+    """Experts that are scored already, one a line of a file in the report's folder: a run that was ended goes on where it was, on the same facts only."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.folder, self.facts = folder, dict(facts)
+        self.usage: dict[Place, float] = {}
+        self.cells: dict[Place, list[Cell]] = {}
+        self._path = folder / "by_expert.partial.jsonl"
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        for record in map(json.loads, lines):
+            if record["facts"] == self.facts:
+                self._keep([Cell(**cell) for cell in record["cells"]], record["usage"])
+
+    def add(self, found: Sequence[Cell], usage: float) -> None:
+        """One expert is scored."""
+        self._keep(found, usage)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"facts": self.facts, "usage": usage, "cells": [asdict(cell) for cell in found]}) + "\n")
+
+    def report(self) -> dict[str, Any]:
+        """All of it, experts in order."""
+        usage = {f"{layer}/{index}": self.usage[layer, index] for layer, index in sorted(self.usage)}
+        return {**self.facts, "usage": usage, "cells": [asdict(cell) for place in sorted(self.cells) for cell in self.cells[place]]}
+
+    def end(self) -> None:
+        """The report is written; the next run begins anew."""
+        self._path.unlink(missing_ok=True)
+
+    def _keep(self, found: Sequence[Cell], usage: float) -> None:
+        place = (found[0].layer, found[0].index)
+        self.cells[place], self.usage[place] = [*found], usage
+
+
+def write_report(done: Progress, scorer: Scorer, made: Iterable[ExpertShadows]) -> None:
+    """Score every expert that is made; write the JSON, its tables and its picture of all that are done."""
     begun_s = time.process_time()
-    found = []
-    for cell in cells(scorer, made):
-        found.append(cell)
-        if cell.codec == DROPPED:
-            print(f"expert {cell.layer}/{cell.index}: dropped {cell.bits_per_byte_percent:+.3f} %; {time.process_time() - begun_s:.0f} CPU s", flush=True)
-    usage = {f"{expert.place[0]}/{expert.place[1]}": expert.usage for expert in made}
-    report = {**facts, "usage": usage, "cells": [asdict(cell) for cell in found]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "by_expert.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "by_expert.md").write_text("\n".join(page(report)) + "\n", encoding="utf-8")
-    draw(report, folder / "by_expert.png")
+    for expert in made:
+        found = list(cells(scorer, [expert]))
+        done.add(found, expert.usage)
+        layer, index = expert.place
+        print(f"expert {layer}/{index}: dropped {found[0].bits_per_byte_percent:+.3f} %; {time.process_time() - begun_s:.0f} CPU s", flush=True)
+    report = done.report()
+    (done.folder / "by_expert.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (done.folder / "by_expert.md").write_text("\n".join(page(report)) + "\n", encoding="utf-8")
+    draw(report, done.folder / "by_expert.png")
+    done.end()
 
 
 def page(report: Mapping[str, Any]) -> list[str]:

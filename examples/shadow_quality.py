@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from actors.expert_layouts import ExpertWeights
 from actors.expert_store import ExpertStore
 from cluster.core.descriptors import ExpertDescriptor
 from cluster.core.spec import ShadowSpec
-from examples.shadow_experts import write_report
+from examples.shadow_experts import Progress, write_report
 from examples.tiny_moe_lm.export import CHECKPOINT
 from examples.tiny_moe_lm.scoring import heldout_texts
 from router_service.calibration.lower_rungs import targets_of
@@ -91,7 +91,8 @@ def main() -> None:
         if not calibration:
             parser.error("--by-expert needs --text: most codecs are fitted to calibration rows")
         facts = {"bits_per_byte": study.exact, "scored_bytes": scored_bytes, "calibration_rows": arguments.rows}
-        write_report(arguments.by_expert, study, _made(study.subject, calibration, arguments.rows), facts)
+        done = Progress(arguments.by_expert, facts)
+        write_report(done, study, _made(study.subject, calibration, arguments.rows, without=done.usage))
         return
     rows = []
     for row in quality(study, arguments.checkpoint, calibration, arguments.rows):
@@ -142,7 +143,7 @@ def quality(study: Study, checkpoint: Path, texts: Sequence[str], num_rows: int)
     yield from _shipped(study, checkpoint)
     if not texts:
         return
-    made = _made(study.subject, texts, num_rows)
+    made = list(_made(study.subject, texts, num_rows))
     names = [*(f"{name}{suffix}" for name in CODECS for suffix in ("", " compensated")), *FITTED_CODECS]
     for name in names:
         yield _codec_row(study, name, "codec", {expert.place: name for expert in made}, made)
@@ -190,11 +191,11 @@ def _restored(store: ExpertStore, version: str) -> dict[str, Any]:
     return decode(PackedExpert(blob.descriptor, blob.codec, blob.tensors))
 
 
-def _made(subject: Subject, texts: Sequence[str], num_rows: int) -> list[ExpertShadows]:
+def _made(subject: Subject, texts: Sequence[str], num_rows: int, without: Collection[Place] = ()) -> Iterator[ExpertShadows]:
     rows = subject.rows(texts, num_rows, context=256)
     fitted, judged = (dict(zip(rows, parts, strict=True)) for parts in zip(*(layer.split(HELD_SHARE) for layer in rows.values()), strict=True))
     power = {layer: float(targets_of(subject, layer, seen).output_TD.double().square().sum()) for layer, seen in judged.items()}
-    return list(make_all(subject, fitted, judged, power))
+    return make_all(subject, fitted, judged, power, without=without)
 
 
 def _codec_row(study: Study, name: str, kind: str, picks: Mapping[Place, str], made: Sequence[ExpertShadows]) -> Row:

@@ -7,7 +7,7 @@ Shape legend: N rows of one expert, D model width, F inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,9 +66,13 @@ def rows_of(rows: LayerRows, index: int) -> ExpertRows:
     return ExpertRows(rows.x_TD[is_mine_T], (rows.weights_TK * chosen_TK).sum(dim=1)[is_mine_T])
 
 
-def make_all(subject: Subject, fitted: Mapping[int, LayerRows], judged: Mapping[int, LayerRows], power: Mapping[int, float]) -> Iterator[ExpertShadows]:
-    """Every shadow of every expert. `power`: the summed squares of each layer's outputs on the judged rows."""
+def make_all(
+    subject: Subject, fitted: Mapping[int, LayerRows], judged: Mapping[int, LayerRows], power: Mapping[int, float], *, without: Collection[Place] = ()
+) -> Iterator[ExpertShadows]:
+    """Every shadow of every expert but those of `without`. `power`: the summed squares of each layer's outputs on the judged rows."""
     for layer, index in subject.primaries:
+        if (layer, index) in without:
+            continue
         own, other = rows_of(fitted[layer], index), rows_of(judged[layer], index)
         yield make_shadows_of(subject, (layer, index), own, other, power[layer], len(judged[layer].x_TD))
 
