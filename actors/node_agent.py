@@ -36,6 +36,7 @@ class NodeAgent:
         self._importing = asyncio.Lock()
         self._progress: dict[str, tuple[int, int]] = {}
         self._watch: GpuWatch | None = None
+        self._watching = asyncio.Lock()
 
     async def import_model(self, *, name: str, source: str, dtype: str, expected: str | None = None, shadow: str | None = None) -> CommandReply:
         """Read a checkpoint into the store; `value` is the manifest as JSON. `expected` is a manifest as JSON that it must equal.
@@ -105,9 +106,9 @@ class NodeAgent:
 
     async def gpu_faults(self) -> str:
         """What the driver told of this node's GPUs since this agent first was asked, as a JSON list of GpuFault; none where there is no NVML."""
-        if self._watch is None:
-            self._watch = GpuWatch(_pynvml())
-            self._watch.start()
+        async with self._watching:
+            if self._watch is None:
+                self._watch = await asyncio.to_thread(_started_watch)
         return json.dumps([asdict(fault) for fault in self._watch.faults()])
 
     async def gpus(self) -> str:
@@ -141,6 +142,12 @@ def read_gpus() -> list[GpuReading]:
         return []
     with _nvml(pynvml) as is_open:
         return [_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())] if is_open else []
+
+
+def _started_watch() -> GpuWatch:
+    watch = GpuWatch(_pynvml())
+    watch.start()
+    return watch
 
 
 def _pynvml() -> ModuleType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import time
 from dataclasses import replace
@@ -10,11 +11,26 @@ from typing import Any
 
 import pytest
 
+from actors import gpu_watch
 from actors.gpu_watch import MAX_FAULTS, GpuWatch, device_name
 from cluster.core.status import GpuFault
 from cluster.core.xids import DEVICE_XIDS, PROGRAM_XIDS, is_device_fault
+from kit.waiting import wait_until
 
 TIMEOUT_S = 20.0
+GPU_IS_LOST = 15
+
+
+class Opaque(ctypes.Structure):
+    """What a handle points to is the driver's own."""
+
+
+def handle_of(index: int) -> Any:
+    return ctypes.cast((1 + index) << 8, ctypes.POINTER(Opaque))
+
+
+def index_of(handle: Any) -> int:
+    return (ctypes.cast(handle, ctypes.c_void_p).value >> 8) - 1
 
 
 class NvmlError(Exception):
@@ -24,12 +40,14 @@ class NvmlError(Exception):
 
 
 class FakeNvml:
-    """Two GPUs, of which the second tells nothing; events come when put."""
+    """Two GPUs, of which the second tells nothing unless it is asked to; events come when put. A lost GPU answers no question."""
 
     NVMLError, NVML_ERROR_TIMEOUT, nvmlEventTypeXidCriticalError = NvmlError, 10, 8
 
-    def __init__(self, *, works: bool = True) -> None:
-        self.works, self.num_open, self.num_waits = works, 0, 0
+    def __init__(self, *, works: bool = True, silent: int | None = 1) -> None:
+        self.works, self.silent, self.num_open, self.num_waits = works, silent, 0, 0
+        self.lost: set[int] = set()
+        self.registered: list[int] = []
         self.events: queue.Queue[tuple[int, int] | NvmlError] = queue.Queue()
         self.taken: list[object] = []
 
@@ -50,16 +68,24 @@ class FakeNvml:
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return 2
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:  # noqa: N802
+        self._ask(index)
+        return handle_of(index)
 
-    def nvmlDeviceGetUUID(self, handle: int) -> bytes:  # noqa: N802
-        return f"GPU-{handle}2345678-abcd".encode()
+    def nvmlDeviceGetUUID(self, handle: Any) -> bytes:  # noqa: N802
+        self._ask(index_of(handle))
+        return f"GPU-{index_of(handle)}2345678-abcd".encode()
 
-    def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, _events: str) -> None:  # noqa: N802
-        if handle == 1:
+    def nvmlDeviceRegisterEvents(self, handle: Any, kinds: int, _events: str) -> None:  # noqa: N802
+        self._ask(index_of(handle))
+        if index_of(handle) == self.silent:
             raise NvmlError(3)
         assert kinds == self.nvmlEventTypeXidCriticalError
+        self.registered.append(index_of(handle))
+
+    def _ask(self, index: int) -> None:
+        if index in self.lost:
+            raise NvmlError(GPU_IS_LOST)
 
     def nvmlEventSetWait_v2(self, _events: str, _timeout_ms: int) -> Any:  # noqa: N802
         try:
@@ -69,7 +95,7 @@ class FakeNvml:
             raise NvmlError(self.NVML_ERROR_TIMEOUT) from None
         if isinstance(event, NvmlError):
             raise event
-        return SimpleNamespace(device=event[0], eventData=event[1])
+        return SimpleNamespace(device=handle_of(event[0]), eventData=event[1])
 
 
 def heard(nvml: FakeNvml, *events: tuple[int, int]) -> list[GpuFault]:
@@ -77,12 +103,15 @@ def heard(nvml: FakeNvml, *events: tuple[int, int]) -> list[GpuFault]:
     assert watch.start()
     for event in events:
         nvml.events.put(event)
-    nvml.events.put(NvmlError(999))  # ends the thread, after all events
-    thread = watch._thread
-    assert thread is not None
-    thread.join(TIMEOUT_S)
-    assert not thread.is_alive()
+    wait_until(lambda: nvml.events.empty() and nvml.num_waits > 0, "the events are heard")
+    ended(watch)
     return watch.faults()
+
+
+def ended(watch: GpuWatch) -> None:
+    watch.stop(TIMEOUT_S)
+    assert watch._thread is not None
+    assert not watch._thread.is_alive()
 
 
 def test_errors_are_told_in_order_with_the_device_as_actors_name_it() -> None:
@@ -107,9 +136,36 @@ def test_stopped_watch_ends_between_two_waits() -> None:
     nvml = FakeNvml()
     watch = GpuWatch(nvml)  # type: ignore[arg-type]
     assert watch.start()
-    watch.stop(TIMEOUT_S)
-    assert watch._thread is not None
-    assert not watch._thread.is_alive()
+    ended(watch)
+    assert nvml.num_open == 0
+
+
+def test_a_gpu_that_is_lost_is_named_although_its_driver_tells_nothing_of_it_any_more() -> None:
+    nvml = FakeNvml()
+    watch = GpuWatch(nvml)  # type: ignore[arg-type]
+    assert watch.start()
+    wait_until(lambda: nvml.registered == [0], "it listens")
+    nvml.lost.add(0)
+    nvml.events.put((0, 79))
+    wait_until(lambda: bool(watch.faults()), "the error is heard")
+    ended(watch)
+    assert [(fault.device, fault.xid, fault.is_device) for fault in watch.faults()] == [("cuda-02345678", 79, True)]
+
+
+def test_the_others_are_listened_to_after_the_driver_refused_because_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_watch, "RETRY_S", 0.01)
+    nvml = FakeNvml(silent=None)
+    watch = GpuWatch(nvml)  # type: ignore[arg-type]
+    assert watch.start()
+    wait_until(lambda: nvml.registered == [0, 1], "it listens")
+    nvml.lost.add(0)
+    nvml.events.put(NvmlError(GPU_IS_LOST))
+    nvml.events.put((1, 48))
+    wait_until(lambda: bool(watch.faults()), "the error is heard")
+    ended(watch)
+    assert [(fault.device, fault.xid) for fault in watch.faults()] == [("cuda-12345678", 48)]
+    assert nvml.registered == [0, 1, 1]
+    assert nvml.taken == ["freed", "freed"]
     assert nvml.num_open == 0
 
 

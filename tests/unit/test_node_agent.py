@@ -254,3 +254,18 @@ async def test_gpus_are_read_where_there_is_a_driver_and_there_are_none_elsewher
     assert json.loads(await NodeAgent(tmp_path).gpus()) == []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert json.loads(await NodeAgent(tmp_path).gpus()) == []
+
+
+async def test_listening_to_the_gpus_begins_once_and_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    class Driver(FakeNvml):
+        def nvmlInit(self) -> None:  # noqa: N802
+            threads.append(threading.current_thread())
+            super().nvmlInit()
+
+    monkeypatch.setitem(sys.modules, "pynvml", Driver(works=False))
+    agent = NodeAgent(tmp_path)
+    assert await asyncio.gather(agent.gpu_faults(), agent.gpu_faults()) == ["[]", "[]"]
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
