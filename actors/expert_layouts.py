@@ -241,10 +241,12 @@ def _copy_weights(blob: StoredBlob, descriptor: ExpertDescriptor, device: torch.
     place = _SLABS.take(descriptor, dtype, device)
     weights = ExpertWeights(descriptor, place.tensors(), descriptor.num_bytes, descriptor.num_bytes, place)
     weakref.finalize(weights, _SLABS.giver(place)).atexit = False
-    for name, array in blob.tensors.items():
-        pinned = torch.from_numpy(_writable(array)).pin_memory()
-        weights.tensors[name].copy_(pinned.view(dtype).view(array.shape), non_blocking=True)
-    torch.cuda.current_stream(device).synchronize()
+    try:
+        for name, array in blob.tensors.items():
+            pinned = torch.from_numpy(_writable(array)).pin_memory()
+            weights.tensors[name].copy_(pinned.view(dtype).view(array.shape), non_blocking=True)
+    finally:  # also when one fails: a place that is given back must not be written to any more
+        torch.cuda.current_stream(device).synchronize()
     return weights
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.core.memory import IDLE_PLACES_BYTES
 from cluster.core.descriptors import ExpertDescriptor
 
-# At most seven places lie idle for each shape of expert that an actor holds.
+# Fewer of large experts: what lies idle in a slab is bounded, too. Their products take long enough to need no grouping.
 PLACES_PER_SLAB = 8
 # Slabs that are looked through for a free place; more than any actor has.
 _MAX_SLABS = 4096
@@ -78,7 +79,17 @@ class Slabs:
 
     @staticmethod
     def _new(descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device) -> Slab:
-        try:
-            return Slab(descriptor, dtype, device, PLACES_PER_SLAB)
-        except torch.OutOfMemoryError:
-            return Slab(descriptor, dtype, device, 1)
+        num_places = min(PLACES_PER_SLAB, 1 + IDLE_PLACES_BYTES // descriptor.num_bytes)
+        slab = _fitting(descriptor, dtype, device, num_places) or Slab(descriptor, dtype, device, 1)
+        if device.type == "cuda":
+            # Other threads write to its places, on their streams: what this thread's stream still does in that memory must be over.
+            torch.cuda.current_stream(device).synchronize()
+        return slab
+
+
+def _fitting(descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device, num_places: int) -> Slab | None:
+    """None when the device has no room; the part that it had room for is free again then, as it is not while the error is handled."""
+    try:
+        return Slab(descriptor, dtype, device, num_places)
+    except torch.OutOfMemoryError:
+        return None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.core.frames import Group, Outcome, Piece, answer, copy_of, merge_outcomes, plan_frame, refuse_frame, refuse_segments
-from actors.core.memory import MeasuredMemory, capacity_bytes
+from actors.core.memory import IDLE_PLACES_BYTES, LIBRARIES_BYTES, MeasuredMemory, capacity_bytes
 from actors.core.slots import Holding
 from cluster.core.descriptors import DType, ExpertDescriptor
 from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
@@ -178,10 +178,10 @@ def test_every_live_row_comes_back_once_and_in_order_however_the_frame_is_cut(
     assert decode(decode_prefix(header[:20], max_body_bytes=1 << 20), header[20:]) == result
 
 
-def test_capacity_of_a_gpu_is_its_share_less_the_workspace_of_a_frame_and_never_more_than_is_free() -> None:
+def test_capacity_of_a_gpu_is_its_share_less_what_is_kept_back_and_never_more_than_is_free() -> None:
     gib = 1 << 30
     gpu = MeasuredMemory(free_bytes=70 * gib, total_bytes=80 * gib, is_device=True)
-    workspace = 4096 * (128 << 10)
+    workspace = 4096 * (128 << 10) + LIBRARIES_BYTES + IDLE_PLACES_BYTES
     assert capacity_bytes(gpu, limit_bytes=None, num_gpus=0.5, max_tokens_per_frame=4096) == 40 * gib - workspace
     assert capacity_bytes(gpu, limit_bytes=None, num_gpus=1.0, max_tokens_per_frame=4096) == 70 * gib - workspace
     assert capacity_bytes(gpu, limit_bytes=100 * gib, num_gpus=0.0, max_tokens_per_frame=4096) == 70 * gib - workspace

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from actors import expert_layouts
 from actors.blob_files import StoredBlob
+from actors.core.memory import IDLE_PLACES_BYTES
 from actors.expert_layouts import TORCH_DTYPES, ExpertWeights, expert_forward, grouped_forward, load_weights
 from actors.expert_slabs import PLACES_PER_SLAB, Slabs
 from actors.expert_store import ExpertStore
@@ -301,18 +303,31 @@ def test_slab_places_are_used_again_and_empty_slabs_let_go() -> None:
     assert not slabs._slabs
 
 
-def test_a_slab_that_does_not_fit_becomes_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
+def test_a_slab_that_does_not_fit_becomes_one_place_in_the_room_that_its_own_beginning_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, made = torch.empty, list[weakref.ref[torch.Tensor]]()
 
     def small(shape: tuple[int, ...], **kwargs: Any) -> torch.Tensor:
-        if shape[0] > 1:
+        if shape[0] > 1 and made:
             raise torch.OutOfMemoryError
-        return empty(shape, **kwargs)
+        if shape[0] == 1 and made:
+            assert made.pop()() is None, "the device is still full of what did not fit"
+        tensor = empty(shape, **kwargs)
+        made.extend([weakref.ref(tensor)] if shape[0] > 1 else [])
+        return tensor
 
     monkeypatch.setattr(torch, "empty", small)
     slabs = Slabs()
     places = [slabs.take(GROUPED[0], torch.bfloat16, CPU) for _ in range(2)]
     assert [place.slab.num_places for place in places] == [1, 1]
+    assert made == []
+
+
+@pytest.mark.parametrize(("hidden_size", "intermediate_size", "num_places"), [(512, 2048, PLACES_PER_SLAB), (2048, 2048, 3), (4096, 14336, 1)])
+def test_large_experts_share_smaller_slabs_so_that_little_lies_idle(hidden_size: int, intermediate_size: int, num_places: int) -> None:
+    descriptor = ExpertDescriptor(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    place = Slabs().take(descriptor, torch.bfloat16, torch.device("meta"))
+    assert place.slab.num_places == num_places
+    assert (num_places - 1) * descriptor.num_bytes <= IDLE_PLACES_BYTES
 
 
 def test_weights_that_are_gone_give_their_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,5 +345,31 @@ def test_weights_that_are_gone_give_their_place_back(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(weights.tensors[name], source.tensors[name]) for name in arrays)
     assert slabs._slabs
     del weights
+    gc.collect()
+    assert not slabs._slabs
+
+
+def test_a_place_is_given_back_only_when_no_copy_into_it_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs, idle_at_sync, pins = Slabs(), list[bool](), list[int]()
+
+    class Stream:
+        def synchronize(self) -> None:
+            (slab,) = slabs._slabs
+            idle_at_sync.append(len(slab.free) == slab.num_places)
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pins.append(1)
+        if len(pins) > 1:
+            raise torch.OutOfMemoryError
+        return tensor.clone()
+
+    monkeypatch.setattr(expert_layouts, "_SLABS", slabs)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream())
+    descriptor = GROUPED[0]
+    arrays = {name: tensor.view(torch.int16).numpy().view(NUMPY_DTYPES[DType.BF16]) for name, tensor in make_weights(descriptor, 5).tensors.items()}
+    with pytest.raises(torch.OutOfMemoryError):
+        expert_layouts._copy_weights(StoredBlob("0" * 64, "expert", descriptor, arrays, 0), descriptor, CPU)
+    assert idle_at_sync == [False]
     gc.collect()
     assert not slabs._slabs
