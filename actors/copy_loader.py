@@ -17,7 +17,7 @@ from actors.core.slots import CopyFailed, LoadCopy
 from actors.device import ErrorKind, error_kind
 from actors.expert_layouts import TORCH_DTYPES, ExpertWeights, load_weights
 from actors.frame_forward import GroupedForward
-from actors.staging import Staging
+from actors.staging import Staging, judged
 from cluster.core.errors import CheckpointError, MoeError
 from cluster.core.ids import CopyId, Role
 
@@ -98,6 +98,12 @@ class CopyLoader:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001  (an actor that can load nothing any more must not look alive)
+            self._on_sticky(error)
+
+    def _serve(self) -> None:
         torch.set_num_threads(1)
         staging = self._open_staging()
         while (wanted := self._next()) is not None:
@@ -121,8 +127,10 @@ class CopyLoader:
                 loaded = self._prepare(wanted, staging)
         except Exception as error:  # noqa: BLE001  (whatever a load raises is the reason that its slot reports)
             reason = _reason(error)
-            if error_kind(error) is ErrorKind.STICKY:
-                self._on_sticky(error)
+            kind, cause = judged(error, staging)
+            if kind is ErrorKind.STICKY:
+                self._on_sticky(cause)
+            del cause
         else:
             if loaded is not None:
                 self._on_loaded(wanted.ticket, wanted.copy, loaded)

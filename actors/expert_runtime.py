@@ -121,7 +121,7 @@ class ExpertRuntime:
             complete=self._add_checksums,
             on_sticky=on_sticky,
         )
-        self._redigester = Redigester(config.redigest_s, staging=lambda: open_staging(device), on_changed=self._on_changed)
+        self._redigester = Redigester(config.redigest_s, staging=lambda: open_staging(device), on_changed=self._on_changed, on_sticky=on_sticky)
 
     @property
     def device_label(self) -> str:
@@ -296,6 +296,7 @@ class ExpertRuntime:
 
     def _prepare(self) -> None:
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")  # images for GPUs may ask for TF32 by an environment variable; checksums would call it wrong
         if self._staging.device.type == "cpu":
             give_way(self._config.compute_niceness)
         with self._staging.scope():

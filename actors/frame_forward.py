@@ -15,11 +15,11 @@ import torch
 
 from actors.core.frames import FramePlan, Group, Outcome, merge_outcomes
 from actors.core.magnitude import ENORMOUS, beyond_reach
-from actors.device import STICKY_EXIT_CODE, ErrorKind, error_kind
+from actors.device import STICKY_EXIT_CODE, ErrorKind
 from actors.expert_layouts import ExpertWeights, grouped_forward
 from actors.frame_audit import Audit, FrameSampler
 from actors.product_watch import watching
-from actors.staging import Staging
+from actors.staging import Staging, judged
 from cluster.core.link_frames import SegmentStatus
 
 GroupedForward = Callable[[torch.Tensor, Sequence[ExpertWeights], Sequence[int]], torch.Tensor]
@@ -120,12 +120,7 @@ class FrameForward:
         return outcomes
 
     def _judge(self, error: Exception) -> tuple[ErrorKind, str]:
-        kind = error_kind(error)
-        if kind is ErrorKind.FAULT:
-            try:
-                self._staging.settle()
-            except Exception as later:  # noqa: BLE001  (the device tells of an earlier kernel here)
-                kind, error = error_kind(later), later
+        kind, error = judged(error, self._staging)
         if kind is ErrorKind.STICKY:
             self._on_sticky(error)
         return kind, type(error).__name__

@@ -11,10 +11,10 @@ import torch
 
 from actors.blob_files import StoredBlob
 from actors.core.frames import FramePlan, Outcome, apart
-from actors.device import ErrorKind, error_kind
+from actors.device import ErrorKind
 from actors.expert_layouts import ExpertWeights
 from actors.frame_forward import FrameRunner, Outcomes
-from actors.staging import Staging
+from actors.staging import Staging, judged
 from cluster.core.link_frames import SegmentStatus
 
 
@@ -48,9 +48,11 @@ class PackedForward:
             with self._staging.scope(), torch.inference_mode():
                 weights = self._expand(packed, self._staging.device)
         except Exception as error:  # noqa: BLE001  (whatever an expansion raises becomes the outcome of its segment)
-            kind, name = error_kind(error), type(error).__name__
+            kind, cause = judged(error, self._staging)
             if kind is ErrorKind.STICKY:
-                self._on_sticky(error)
+                self._on_sticky(cause)
+            name = type(cause).__name__
+            del cause
         else:
             return self._runner.run(part, body, {position: weights})
         # The error is gone from here on, and with it the tensors that its traceback held.

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from actors.blob_files import StoredBlob
 from actors.core.weight_digests import array_digest, array_digests, have_changed, row_digests, row_spans
+from actors.device import ErrorKind
 from actors.expert_layouts import ExpertWeights
-from actors.staging import Staging
+from actors.staging import Staging, judged
 from cluster.core.ids import CopyId
 
 PIECE_BYTES = 1 << 20
@@ -60,12 +61,18 @@ def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Redigester:
-    """One thread of low priority. `on_changed` is called from it, without any lock held, and may call back."""
+    """One thread of low priority. `on_changed` is called from it, without any lock held, and may call back.
 
-    def __init__(self, every_s: float, *, staging: Callable[[], Staging], on_changed: Callable[[Resident], None]) -> None:
+    A piece that there is no memory for to read it is left to the next pass.
+    """
+
+    def __init__(
+        self, every_s: float, *, staging: Callable[[], Staging], on_changed: Callable[[Resident], None], on_sticky: Callable[[BaseException], None]
+    ) -> None:
         self._every_s = every_s
         self._open_staging = staging
         self._on_changed = on_changed
+        self._on_sticky = on_sticky
         self._changed = threading.Condition()
         self._residents: dict[CopyId, Resident] = {}
         self._suspects: deque[Resident] = deque()
@@ -108,38 +115,55 @@ class Redigester:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001  (an actor that reads its weights no more must not look alive)
+            self._on_sticky(error)
+
+    def _serve(self) -> None:
         torch.set_num_threads(1)
         with contextlib.suppress(OSError, AttributeError):  # a system without priorities of threads: the pauses alone must do
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-        with self._open_staging().scope(), torch.inference_mode():
-            while self._pass():
+        staging = self._open_staging()
+        with staging.scope(), torch.inference_mode():
+            while self._pass(staging):
                 self.passes_done += 1
 
-    def _pass(self) -> bool:
+    def _pass(self, staging: Staging) -> bool:
         """Read everything once, or wait a while when there is nothing. False when it is time to end."""
         with self._changed:
             residents = [*self._residents.values()]
         if not residents:
-            return self._pause(self._every_s)
+            return self._pause(self._every_s, staging)
         pause_s = self._every_s / sum(len(resident.pieces) for resident in residents)
         waiting = [weakref.ref(resident) for resident in residents]
         del residents
-        return all(self._read(resident, pause_s) for resident in waiting)
+        return all(self._read(resident, pause_s, staging) for resident in waiting)
 
-    def _read(self, waiting: weakref.ref[Resident], pause_s: float) -> bool:
+    def _read(self, waiting: weakref.ref[Resident], pause_s: float, staging: Staging) -> bool:
         number = 0
         while (resident := waiting()) is not None and self.is_kept(resident) and number < len(resident.pieces):
-            if resident.has_changed(resident.pieces[number]):
+            if self._has_changed(resident, resident.pieces[number], staging):
                 self._on_changed(resident)
                 del resident
-                return self._pause(pause_s)
+                return self._pause(pause_s, staging)
             del resident
-            if not self._pause(pause_s):
+            if not self._pause(pause_s, staging):
                 return False
             number += 1
         return True
 
-    def _pause(self, pause_s: float) -> bool:
+    def _has_changed(self, resident: Resident, piece: Piece, staging: Staging) -> bool:
+        try:
+            return resident.has_changed(piece)
+        except Exception as error:
+            kind, _ = judged(error, staging)
+            if kind is not ErrorKind.OUT_OF_MEMORY:
+                raise
+        staging.free()
+        return False
+
+    def _pause(self, pause_s: float, staging: Staging) -> bool:
         """Wait, but read suspects at once. False when it is time to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_stopping or bool(self._suspects), pause_s)
@@ -147,6 +171,6 @@ class Redigester:
             self._suspects.clear()
         while suspects:
             resident = suspects.pop()
-            if self.is_kept(resident) and any(resident.has_changed(piece) for piece in resident.pieces):
+            if self.is_kept(resident) and any(self._has_changed(resident, piece, staging) for piece in resident.pieces):
                 self._on_changed(resident)
         return not is_stopping

@@ -20,9 +20,9 @@ from typing import TypeVar
 import torch
 
 from actors.blob_files import StoredBlob
-from actors.device import ErrorKind, error_kind
+from actors.device import ErrorKind
 from actors.expert_layouts import ExpertWeights
-from actors.staging import Staging
+from actors.staging import Staging, judged
 from cluster.core.ids import CopyId
 
 Expanded = Mapping[CopyId, ExpertWeights | StoredBlob]
@@ -256,11 +256,15 @@ class ShadowWorkspace:
                 result = work()
                 staging.settle()
         except Exception as error:  # noqa: BLE001  (whatever an expansion raises, its shadow does not answer; other copies do)
-            if error_kind(error) is ErrorKind.STICKY:
-                self._on_sticky(error)
-            staging.free()
-            return None
-        return result
+            kind, cause = judged(error, staging)
+            if kind is ErrorKind.STICKY:
+                self._on_sticky(cause)
+            del cause
+        else:
+            return result
+        # The error is gone from here on, and with it the tensors that its traceback held.
+        staging.free()
+        return None
 
     def _found(self, copies: Sequence[CopyId]) -> dict[CopyId, ExpertWeights | StoredBlob]:
         found: dict[CopyId, ExpertWeights | StoredBlob] = {copy: self._expanded[copy] for copy in copies if copy in self._expanded}

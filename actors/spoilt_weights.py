@@ -79,6 +79,8 @@ class SpoiltWeights:
                 tensors["down"].view(-1)[0] = math.nan if fault.value == "nan" else math.inf
             else:
                 _flip(tensors, fault)
+            if (device := tensors["down"].device).type == "cuda":
+                torch.cuda.synchronize(device)  # the compute thread's stream does not wait for this thread's
             # Checksums and digests stay those of the right weights.
             spoilt = replace(original, tensors=tensors, private_bytes=original.num_bytes, place=None, packed={})
             self._spoilt[name_of(fault)] = _Spoilt(copy, original, spoilt)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from actors.core.frames import Group
+from actors.device import ErrorKind, error_kind
 from actors.expert_layouts import TORCH_DTYPES
 
 _ALIGNMENT_BYTES = 4
@@ -47,6 +48,21 @@ class Staging(Protocol):
 def open_staging(device: torch.device) -> Staging:
     """The staging that fits the device."""
     return CudaStaging(device) if device.type == "cuda" else CpuStaging()
+
+
+def judged(error: Exception, staging: Staging) -> tuple[ErrorKind, Exception]:
+    """What an error of the work on a device means, and the error that says so: a kernel that failed before may show only when the device is asked.
+
+    To be called where the error is handled: afterwards nothing is under way there any more that reads or writes what the error's traceback holds.
+    """
+    kind = error_kind(error)
+    if kind is ErrorKind.STICKY:
+        return kind, error
+    try:
+        staging.settle()
+    except Exception as later:  # noqa: BLE001  (whatever it is, it is what the device has to say)
+        return error_kind(later), later
+    return kind, error
 
 
 class CpuStaging:

@@ -61,7 +61,7 @@ class BlockSums:
 
 
 def block_sums(weight_OI: Tensor) -> BlockSums:
-    """The sums of a matrix that is known to be right."""
+    """The sums of a matrix that is known to be right; there when this returns, on every stream, for the last of them is read from the device."""
     width = _block_rows(weight_OI.shape[0])
     blocks_BWI = weight_OI.view(-1, width, weight_OI.shape[1])
     row_norms_BW = torch.linalg.vector_norm(blocks_BWI, dim=2, dtype=torch.float32)

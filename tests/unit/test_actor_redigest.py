@@ -132,7 +132,7 @@ def test_a_pass_pauses_between_pieces_and_keeps_nothing_alive_meanwhile() -> Non
     resident = resident_of(A, weights)
     assert len(resident.pieces) == 8
     changed: list[object] = []
-    redigester = Redigester(3600.0, staging=CpuStaging, on_changed=changed.append)
+    redigester = Redigester(3600.0, staging=CpuStaging, on_changed=changed.append, on_sticky=changed.append)
     redigester.keep(resident)
     redigester.start()
     pause = threading.Event()
