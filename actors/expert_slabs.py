@@ -27,9 +27,11 @@ class Slab:
     def __init__(self, descriptor: ExpertDescriptor, dtype: torch.dtype, device: torch.device, num_places: int) -> None:
         self.descriptor = descriptor
         self.device = device
-        self.tensors: dict[str, Tensor] = {
-            name: torch.empty((num_places, *shape), dtype=dtype, device=device) for name, shape in descriptor.tensor_shapes().items()
-        }
+        # What is allocated in inference mode may be written to in that mode only, and places are written to by whoever takes them.
+        with torch.inference_mode(mode=False):
+            self.tensors: dict[str, Tensor] = {
+                name: torch.empty((num_places, *shape), dtype=dtype, device=device) for name, shape in descriptor.tensor_shapes().items()
+            }
         self.free = list(reversed(range(num_places)))
         self.num_places = num_places
 

@@ -141,7 +141,14 @@ def read_gpus() -> list[GpuReading]:
     if pynvml is None:
         return []
     with _nvml(pynvml) as is_open:
-        return [_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())] if is_open else []
+        return [_read_gpu(pynvml, index) for index in range(_num_gpus(pynvml))] if is_open else []
+
+
+def _num_gpus(pynvml: ModuleType) -> int:
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:  # a driver in trouble; what it told before is asked for in the same breath, and must not be lost
+        return 0
 
 
 def _started_watch() -> GpuWatch:

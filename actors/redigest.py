@@ -157,7 +157,7 @@ class Redigester:
         try:
             return resident.has_changed(piece)
         except Exception as error:
-            kind, _ = judged(error, staging)
+            kind = judged(error, staging)[0]  # of the error itself nothing is kept: its traceback holds tensors
             if kind is not ErrorKind.OUT_OF_MEMORY:
                 raise
         staging.free()

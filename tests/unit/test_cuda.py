@@ -14,7 +14,7 @@ import torch
 from actors.core.abft import block_sums, fault_of
 from actors.core.frames import Group, Piece
 from actors.core.magnitude import beyond_reach, reach_of
-from actors.core.memory import PASSING_EXPANSIONS
+from actors.core.memory import LIBRARIES_BYTES, PASSING_EXPANSIONS
 from actors.core.slots import SizedCopy
 from actors.core.weight_digests import have_changed, row_digests
 from actors.device import ErrorKind, choose_device, device_label, error_kind, measure_memory, self_test
@@ -192,7 +192,8 @@ def test_replicas_and_shadows_with_and_without_room_answer_within_the_account_of
         assert served.runtime.expanded_bytes == one
     assert served.runtime.num_unexpanded == 2 * 4
     assert served.runtime.expanded_max_bytes == one
-    assert torch.cuda.memory_allocated(CUDA) - before_bytes < 64 << 20
+    # torch's allocator counts the workspace of each thread's matrix library, some 32 MiB on Hopper.
+    assert torch.cuda.memory_allocated(CUDA) - before_bytes < (64 << 20) + LIBRARIES_BYTES
     shadow = served.blobs.open(S.version)
     here, there = load_weights(shadow, CPU), load_weights(shadow, CUDA)
     assert all(torch.equal(there.tensors[name].cpu(), tensor) for name, tensor in here.tensors.items())

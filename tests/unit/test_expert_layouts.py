@@ -303,6 +303,17 @@ def test_slab_places_are_used_again_and_empty_slabs_let_go() -> None:
     assert not slabs._slabs
 
 
+def test_places_of_a_slab_that_was_made_in_inference_mode_may_be_written_to_in_any() -> None:
+    slabs = Slabs()
+    with torch.inference_mode():
+        first = slab_weights(slabs, GROUPED[0], 1)
+    second = slab_weights(slabs, GROUPED[0], 2)
+    assert first.place is not None
+    assert second.place is not None
+    assert first.place.slab is second.place.slab
+    assert torch.equal(second.tensors["down"], make_weights(GROUPED[0], 2).tensors["down"])
+
+
 def test_a_slab_that_does_not_fit_becomes_one_place_in_the_room_that_its_own_beginning_took(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, made = torch.empty, list[weakref.ref[torch.Tensor]]()
 

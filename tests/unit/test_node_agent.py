@@ -250,8 +250,12 @@ async def test_gpus_are_read_where_there_is_a_driver_and_there_are_none_elsewher
         {"index": 1, "device": "", "uuid": "", "name": "", "total_bytes": 0, "problem": "GPU is lost"},
     ]
     assert driver.open == 0
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(works=False))
-    assert json.loads(await NodeAgent(tmp_path).gpus()) == []
+    troubled = FakeNvml(works=True)
+    monkeypatch.setattr(troubled, "nvmlDeviceGetCount", FakeNvml(works=False).nvmlInit)
+    for driver in (troubled, FakeNvml(works=False)):
+        monkeypatch.setitem(sys.modules, "pynvml", driver)
+        assert json.loads(await NodeAgent(tmp_path).gpus()) == []
+        assert driver.open == 0
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert json.loads(await NodeAgent(tmp_path).gpus()) == []
 
