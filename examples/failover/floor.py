@@ -91,13 +91,13 @@ def _signs_ms(selector: selectors.BaseSelector, killed_s: float) -> dict[str, fl
     return took_ms
 
 
-def page(rows: Sequence[Row], repetitions: int) -> str:
-    """The table, in Markdown."""
+def page(rows: Sequence[Row], repetitions: int, load: float) -> str:
+    """The table, in Markdown; `load` is the machine's load average before, which is what others made of it."""
     lines = [
         "# How early a death can be known",
         "",
         f"Milliseconds from SIGKILL to each sign of it, median (largest) of {repetitions}, on {os.cpu_count()} cores ({platform.system()}",
-        f"{platform.machine()}). Made by `python -m examples.failover.floor`.",
+        f"{platform.machine()}) with a load average of {load:.1f} before. Made by `python -m examples.failover.floor`.",
         "",
         "`kernel`: the process's own socket ends, which is once its memory is freed. `pidfd`: the process can be waited for, which comes later still.",
         "`sentinel`: a socket that the sentinel of an expert actor guards ends. `busy` processes burn a core each meanwhile.",
@@ -117,14 +117,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9, help="of each size")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     for num_busy in (0, os.cpu_count() or 1):
         with neighbours(num_busy):
             for private_mb in PRIVATE_MB:
                 for num_threads in THREADS:
                     runs = [measure(private_mb, num_threads) for _ in range(options.repetitions)]
                     rows.append(Row(num_busy, private_mb, num_threads, {way: [run[way] for run in runs] for way in WAYS}))
-    options.out.write_text(page(rows, options.repetitions))
+    options.out.write_text(page(rows, options.repetitions, load))
     sys.stdout.write(f"wrote {options.out}\n")
 
 
