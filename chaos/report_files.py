@@ -62,7 +62,8 @@ def tables(records: Sequence[Record]) -> list[str]:
         load_words = (
             f"{shown(row.summary['requests'])} requests of {first.tokens} tokens, fidelity {first.fidelity}, {shown(_mean_rate(records, row))} requests/s"
         )
-        lines += ["", f"### {row.scenario}", "", f"{row.title}; {row.num_records} runs, {load_words}.", "", *assertion_table(row)]
+        runs = _runs(int(row.summary["repetitions"] or 0), row.num_records)
+        lines += ["", f"### {row.scenario}", "", f"{row.title}; {runs}, {load_words}.", "", *assertion_table(row)]
     return lines
 
 
@@ -72,15 +73,16 @@ def write_report(records: Sequence[Record], out: Path, *, source: Path) -> Path:
     found = rows(records)
     _plot_latencies(records, found, out / "latency.png")
     _plot_times(records, found, out / "times.png")
-    machine = records[-1].machine
+    machine, runs = records[-1].machine, _runs(sum(record.is_counted for record in records), len(records))
     lines = [
         "# Failover, measured",
         "",
-        f"{len(records)} runs on {machine.get('cores', '?')} cores ({machine.get('platform', '')}), {records[0].started[:10]} to {records[-1].started[:10]}.",
+        f"{runs} on {machine.get('cores', '?')} cores ({machine.get('platform', '')}), {records[0].started[:10]} to {records[-1].started[:10]}.",
         f"Made by `make chaos`; this page by `moelastic chaos report {source} --out {source.parent}`.",
         "",
         CAPTION,
         "",
+        *(["How early a death can be known at best, by the memory of the process: [floor.md](floor.md).", ""] if (out / "floor.md").exists() else []),
         "![latency of requests alive within 1 s of the fault, and of the control window before it](latency.png)",
         "",
         "![time to detection, and to exact answers again](times.png)",
@@ -90,6 +92,12 @@ def write_report(records: Sequence[Record], out: Path, *, source: Path) -> Path:
     page = out / "README.md"
     page.write_text("\n".join(lines) + "\n")
     return page
+
+
+def _runs(num_counted: int, num_records: int) -> str:
+    """How many runs the figures are of, and how many were recorded besides."""
+    rest = num_records - num_counted
+    return f"{num_counted} run{'' if num_counted == 1 else 's'}" + (f" ({rest} not counted: begun, and ended before the fault was over)" if rest else "")
 
 
 def _shipped() -> tuple[dict[str, str], dict[str, Mapping[str, Tolerance]]]:

@@ -253,11 +253,24 @@ def test_the_report_is_made_from_records_alone(tmp_path: Path) -> None:
     text = page.read_text()
     assert "SIGKILL of an expert actor" in text
     assert "| failed | 0 | equal to 0 | held |" in text
+    assert text.splitlines()[2].startswith("3 runs on ")
+    assert "floor.md" not in text
     assert {found.name for found in page.parent.iterdir()} == {"README.md", "latency.png", "times.png"}
     code, printed = invoke("report", str(path))
     assert code == 0
     assert "SIGKILL of an expert actor" in printed
     assert invoke("report", str(tmp_path / "none.jsonl"))[0] == Ending.BAD_SCENARIO
+
+
+def test_the_report_tells_runs_from_those_that_do_not_count_and_leads_to_the_floor_where_that_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_record(path, record(0))
+    append_record(path, record(1, "INTERRUPTED"))
+    (tmp_path / "floor.md").write_text("# How early a death can be known\n")
+    text = write_report(read_any(path), tmp_path, source=path).read_text()
+    assert text.splitlines()[2].startswith("1 run (1 not counted: begun, and ended before the fault was over) on ")
+    assert "SIGKILL of an expert actor; 1 run (1 not counted" in text
+    assert "[floor.md](floor.md)" in text
 
 
 def test_a_time_that_was_not_held_stands_beside_what_the_router_waited_for_a_core_and_a_count_does_not(tmp_path: Path) -> None:
