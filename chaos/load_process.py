@@ -7,17 +7,19 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from chaos.core.observations import Request
+from chaos.core.peak import keeps_up, rates_to_try
 from chaos.load_settings import Command, LoadSettings
 from cluster.core.errors import FleetError
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 60.0
 END_LIMIT_S = 10.0
-PEAK_S = 3.0
-WARM_S = 1.0
+PEAK_S = 2.0
+WARM_S = 0.5
 
 
 class LoadProcess:
@@ -50,7 +52,16 @@ class LoadProcess:
         return load
 
     async def measure_peak(self, callers: int) -> float:
-        """Answers a second of a closed loop of so many callers, once warm."""
+        """The most requests a second that are answered soon when they come one by one: at most what a closed loop of so many callers reaches."""
+        ceiling = await self._rate_of(callers)
+        rate = ceiling
+        for rate in rates_to_try(ceiling):
+            if await self._keeps_up(rate):
+                break
+        return rate
+
+    async def _rate_of(self, callers: int) -> float:
+        """Answers a second of a closed loop, once warm."""
         await self._tell(Command(do="start", callers=callers))
         await asyncio.sleep(WARM_S)
         before = await self._tell(Command(do="mark"))
@@ -58,6 +69,15 @@ class LoadProcess:
         after = await self._tell(Command(do="mark"))
         await self._tell(Command(do="stop"), STOP_LIMIT_S)
         return (after["num_done"] - before["num_done"]) / (after["at_s"] - before["at_s"])
+
+    async def _keeps_up(self, rate: float) -> bool:
+        await self.begin(callers=0, rate=rate)
+        await asyncio.sleep(WARM_S)
+        begin_s = time.monotonic()
+        await asyncio.sleep(PEAK_S)
+        end_s = time.monotonic()
+        await self.stop()  # all that was sent ends, so that what was late is seen
+        return keeps_up(self.requests(begin_s), begin_s, end_s)
 
     async def begin(self, *, callers: int, rate: float) -> None:
         """Begin the load: an open loop if there is a rate, else a closed one."""

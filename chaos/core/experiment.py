@@ -77,7 +77,7 @@ class Load(_Section):
     layer: NonNegativeInt | None = Field(None, description="default: its first MoE layer")
     callers: PositiveInt = 4
     rate: PositiveFloat | None = Field(None, description="requests/s; null and no `share_of_peak`: a closed loop")
-    share_of_peak: float | None = Field(None, gt=0.0, le=2.0, description="requests/s as a share of what `callers` in a closed loop reach just before")
+    share_of_peak: float | None = Field(None, gt=0.0, le=2.0, description="requests/s as a share of the most that is kept up with just before")
     tokens: PositiveInt = Field(32, le=4096)
     fidelity: Literal["any", "exact"] = "any"
     timeout_s: PositiveFloat = 10.0

@@ -20,7 +20,10 @@ QUESTIONS_S = 0.6
 # A cluster and its deployment, for each of the two configurations; the known answers, the load process and the peak, for each scenario.
 DEPLOY_S = 45.0
 OPEN_S = 4.0
+# For each kind of load: a closed loop, then rates downwards until one is kept up with.
+PEAK_S = 15.0
 NUM_DEPLOYMENTS = 2
+NUM_PEAKS = 3
 # Medians of records on two cores that others used too; a stop that the controller ends by a replacement counts as a death.
 WHOLE_S = {"kill_actor": 6.2, "stop_actor": 7.7, "stuck_compute": 3.5, "lose_gpu": 10.0, "lose_node": 18.0, "double_loss": 9.0, "kill_router": 4.0}
 SHORT_STOP_S = 0.25
@@ -37,8 +40,8 @@ def repetition_s(scenario: Scenario) -> float:
 
 
 def planned_s(files: Iterable[ScenarioFile]) -> float:
-    """About how long these scenarios take, all their repetitions."""
-    return sum(OPEN_S + file.scenario.repetitions * repetition_s(file.scenario) for file in files)
+    """About how long these scenarios take, all their repetitions, on clusters that run."""
+    return NUM_PEAKS * PEAK_S + sum(OPEN_S + file.scenario.repetitions * repetition_s(file.scenario) for file in files)
 
 
 def _longest_s(action: Action) -> float:
