@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, assert_never
 
@@ -43,6 +43,7 @@ class ActorHealth:
         self._lanes: dict[str, ActorLane] = {}
         self._shadows: dict[str, list[_Shadow]] = {}
         self._standing_in: set[_Shadow] = set()
+        self._awaited: Counter[_Shadow] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._expected_s = 0.0
         self._num_owed = 0
@@ -85,6 +86,22 @@ class ActorHealth:
                     ended.append(shadow)
         self._shadows, self._standing_in = dict(shadows), needed
         self._cool(ended)
+
+    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
+        """Have a shadow made ready that may have to answer rows under way: a hint to who holds it, nothing where there is no link."""
+        awaited = _shadow(expert, shadow)
+        self._awaited[awaited] += 1
+        self._hint(awaited, Warm)
+
+    def release(self, expert: ExpertId, shadow: TableCopy, *, is_back: bool) -> None:
+        """Those rows have ended. Once a replica answers and nobody else needs the shadow, it need not stay ready; one that answered rows is left as it is."""
+        awaited = _shadow(expert, shadow)
+        self._awaited[awaited] -= 1
+        if self._awaited[awaited] > 0:
+            return
+        del self._awaited[awaited]
+        if is_back and awaited not in self._standing_in:
+            self._hint(awaited, Cool)
 
     def joined(self, lane: ActorLane) -> None:
         """A fresh link is ready."""
@@ -198,15 +215,18 @@ class ActorHealth:
         """Have the shadows of what this actor alone holds made ready, at most MAX_WARMED of them: a hint, so that the first row need not wait."""
         for shadow in self._shadows.get(actor, ())[:MAX_WARMED]:
             self._standing_in.add(shadow)
-            if (lane := self._lanes.get(shadow.holder)) is not None:
-                lane.hint(Warm(*shadow.copy))
+            self._hint(shadow, Warm)
 
     def _cool(self, shadows: Iterable[_Shadow]) -> None:
-        """Say of shadows whose replica is back that they need not stay ready."""
+        """Say of shadows whose replica is back that they need not stay ready; of those that rows wait for, when these have ended."""
         for shadow in tuple(shadows):
             self._standing_in.discard(shadow)
-            if (lane := self._lanes.get(shadow.holder)) is not None:
-                lane.hint(Cool(*shadow.copy))
+            if shadow not in self._awaited:
+                self._hint(shadow, Cool)
+
+    def _hint(self, shadow: _Shadow, kind: type[Warm | Cool]) -> None:
+        if (lane := self._lanes.get(shadow.holder)) is not None:
+            lane.hint(kind(*shadow.copy))
 
 
 class _Shadow(NamedTuple):

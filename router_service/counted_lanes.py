@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 from cluster.core.ids import ExpertId
-from cluster.core.routing_table import TableCopy
 from cluster.telemetry.metrics import RouterMetrics
 from router_service.core.segments import OnEnd, SegmentRequest, Withdraw
 from router_service.dispatcher import LanesPort
@@ -35,10 +34,6 @@ class CountedLanes:
     def burden(self, actor_id: str) -> float:
         """About how long one more frame would take at an actor."""
         return self._lanes.burden(actor_id)
-
-    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
-        """Hint to who holds a shadow that rows for it are likely."""
-        self._lanes.warm(expert, shadow)
 
     def take_loads(self) -> Counter[ExpertId]:
         """Rows by expert since the last call."""

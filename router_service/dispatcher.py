@@ -44,9 +44,27 @@ class LanesPort(Protocol):
         """About how long one more frame would take at an actor."""
         ...
 
+
+class ShadowsPort(Protocol):
+    """Who has shadows made ready. Each `warm` is followed by one `release`."""
+
     def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
-        """Hint to who holds a shadow that rows for it are likely."""
+        """Rows that this shadow may have to answer are under way."""
         ...
+
+    def release(self, expert: ExpertId, shadow: TableCopy, *, is_back: bool) -> None:
+        """They have ended; `is_back`: a replica answered them."""
+        ...
+
+
+class NoShadows:
+    """Nothing is made ready before it is asked."""
+
+    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
+        """Ignored."""
+
+    def release(self, expert: ExpertId, shadow: TableCopy, *, is_back: bool) -> None:
+        """Ignored."""
 
 
 @dataclass(slots=True, eq=False)
@@ -125,14 +143,16 @@ class Dispatcher:
         tracing: Tracing,
         trust: Trust | None = None,
         hedging: Hedging | None = None,
+        shadows: ShadowsPort | None = None,
     ) -> None:
-        """Without `hedging` nothing is sent twice because it is late."""
+        """Without `hedging` nothing is sent twice because it is late; without `shadows` none is made ready for it."""
         self.lanes = lanes
         self.table = table
         self.rng = rng
         self.tracing = tracing
         self.trust = trust or Trust()
         self.hedging = hedging
+        self.shadows = shadows or NoShadows()
         self.stalled_s = 0.0
         self._due: list[tuple[float, int, _UnderWay]] = []
         self._num_due = 0
@@ -178,7 +198,7 @@ class _UnderWay:
         self._flight = Flight(job.order.experts, pick, kind="full-precision copies" if job.exact else "copies")
         self._withdraws: dict[tuple[int, int], Withdraw] = {}
         self._sent_s: dict[tuple[int, int], float] = {}
-        self._warmed: set[int] = set()
+        self._warmed: dict[int, TableCopy] = {}
         self._done: asyncio.Future[None] | None = None
         self._error: MoeError | None = None
         self._spans = DispatchSpans(desk.tracing, job.trace, layer=job.layer, epoch=job.table.epoch) if job.trace else None
@@ -226,11 +246,19 @@ class _UnderWay:
         self._watch()
 
     def _charge(self, hedging: Hedging, number: int, late_s: float, still_s: float | None, num_rows: int, other: TableCopy) -> bool:
-        """Whether a late part may be sent to this other copy, too. A shadow whose time has not come is made ready for it meanwhile, once."""
-        if hedging.is_near(late_s, still_s, num_rows, other) and number not in self._warmed:
-            self._warmed.add(number)
-            self._desk.lanes.warm(self._experts[self._flight.parts[number].rows.index], other)
-        return hedging.charge(late_s, still_s, num_rows, other)
+        """Whether a late part may be sent to this other copy, too. A shadow is made ready for it, once: before its time where that is seen to come."""
+        may_send = hedging.charge(late_s, still_s, num_rows, other)
+        is_wanted = may_send or hedging.is_near(late_s, still_s, num_rows, other)
+        if is_wanted and other.role is Role.SHADOW and number not in self._warmed:
+            self._warmed[number] = other
+            self._desk.shadows.warm(self._experts[self._flight.parts[number].rows.index], other)
+        return may_send
+
+    def _release(self, number: int, *, is_back: bool) -> None:
+        """The shadow that was made ready for a part, if any, is not waited for any more."""
+        shadow = self._warmed.pop(number, None)
+        if shadow is not None:
+            self._desk.shadows.release(self._experts[self._flight.parts[number].rows.index], shadow, is_back=is_back)
 
     def _watch(self) -> None:
         """Be looked at when the first of the parts that wait alone is late."""
@@ -313,6 +341,7 @@ class _UnderWay:
             self._spans.answered(*key, reply)
         for attempt in losers:
             self._withdraws.pop((key[0], attempt))()
+        self._release(key[0], is_back=reply.role is Role.REPLICA)
 
     def _fail_over(self, key: tuple[int, int], error: ReplicaError) -> None:
         part = self._flight.parts[key[0]]
@@ -331,6 +360,8 @@ class _UnderWay:
             withdraw = self._withdraws.pop((part, attempt), None)
             if withdraw is not None:
                 withdraw()
+        for number in tuple(self._warmed):
+            self._release(number, is_back=False)
         if self._spans is not None:
             self._spans.end(error)
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from random import Random
 
 from cluster.core.errors import DeadlineExceeded, MoeError, NotReady, ReplicaUnavailable
-from cluster.core.ids import ExpertId, Incarnation
-from cluster.core.link_frames import Warm, derive_link_key
+from cluster.core.ids import Incarnation
+from cluster.core.link_frames import derive_link_key
 from cluster.core.link_limits import LinkLimits
-from cluster.core.routing_table import ActorEndpoint, RoutingTable, TableCopy
+from cluster.core.routing_table import ActorEndpoint, RoutingTable
 from router_service.actor_lane import ActorLane, LinkState, nothing
 from router_service.core.batching import TokenBudget
 from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
@@ -107,11 +107,6 @@ class Lanes:
         """About how long one more frame would take at this actor: what a balancer compares."""
         lane = self._by_actor.get(actor_id)
         return 0.0 if lane is None else lane.burden
-
-    def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
-        """Hint to who holds a shadow that rows for it are likely; nothing where there is no link."""
-        if (lane := self._lanes.get(shadow.incarnation)) is not None:
-            lane.hint(Warm(expert.model, expert.layer, expert.index, bytes.fromhex(shadow.version)))
 
     def status(self) -> list[LinkState]:
         """Every link of the table, ordered by incarnation."""

@@ -39,7 +39,7 @@ from router_service.core.outcomes import Answer, Ledger, Outcome, Plan, Report
 from router_service.core.trust import Trust
 from router_service.core.validate import check_call, check_choices
 from router_service.core.wave import Share, WaveLimits, joined
-from router_service.dispatcher import Dispatcher, Hedging, Job, LanesPort
+from router_service.dispatcher import Dispatcher, Hedging, Job, LanesPort, ShadowsPort
 from router_service.fallbacks import Fallbacks, usable_rungs
 from router_service.models import ServedLayer, ServedModel, find_model
 from router_service.recheck import recheck
@@ -75,17 +75,18 @@ class Pipeline:
         tracing: Tracing | None = None,
         trust: Trust | None = None,
         hedging: Hedging | None = None,
+        shadows: ShadowsPort | None = None,
         max_tokens: int = 65_536,
         limits: DispatchLimits | None = None,
         waves: WaveLimits | None = None,
     ) -> None:
-        """`trust` says which copies to avoid; without `hedging` nothing is sent twice because it is late."""
+        """`trust` says which copies to avoid; without `hedging` nothing is sent twice because it is late; `shadows` has them made ready."""
         self._models = models
         self._table = table
         self._tracing = tracing or Tracing.disabled()
         self._max_tokens = max_tokens
         self._limits = limits or DispatchLimits()
-        self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging)
+        self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging, shadows=shadows)
         self.budget = DispatchBudget(self._limits.max_bytes)
         self._waves = Waves(self._run, waves or WaveLimits())
 

@@ -58,6 +58,17 @@ async def _all(judges: Sequence[Coroutine[None, None, Verdict]]) -> list[Verdict
 
 
 async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
+    """One expert's answer, judged. A shadow that was made ready for it is let go where the replica's answer stands."""
+    ready = _ReadyShadow(dispatcher, job, part)
+    verdict = Verdict.OPEN
+    try:
+        verdict = await _weigh(dispatcher, job, part, ready)
+    finally:
+        ready.release(is_back=verdict is Verdict.OVERFLOW)
+    return verdict
+
+
+async def _weigh(dispatcher: Dispatcher, job: Job, part: ExpertRows, ready: _ReadyShadow) -> Verdict:
     """One expert's answer: keep a witness's in its place, or take it away."""
     first = job.replies[part.index]
     accused = TableCopy(first.incarnation, first.version, first.role)
@@ -71,7 +82,7 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
             if dispatcher.trust.rank(job.expert(part.index), accused) is Rank.NEVER:  # another call has convicted it meanwhile
                 answer, step = None, Verdict.BLAMED
                 break
-            _warm_shadow(dispatcher, job, part)
+            ready.warm()
         num_asked += 1
         try:
             answer = await _ask(dispatcher, job, part, step, first.attempt + num_asked)
@@ -91,13 +102,25 @@ async def _judge(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> Verdict:
     return step
 
 
-def _warm_shadow(dispatcher: Dispatcher, job: Job, part: ExpertRows) -> None:
-    """The golden row may convict the only full copy there is: have a shadow made ready while it is under way."""
-    expert = job.expert(part.index)
-    copies = (dispatcher.table() or job.table).copies_of(expert) if job.uses_shadows else ()
-    shadow = next((copy for copy in copies if copy.role is Role.SHADOW and copy not in job.avoid[part.index]), None)
-    if shadow is not None:
-        dispatcher.lanes.warm(expert, shadow)
+class _ReadyShadow:
+    """The golden row may convict the only full copy there is: a shadow is made ready while it is under way."""
+
+    def __init__(self, dispatcher: Dispatcher, job: Job, part: ExpertRows) -> None:
+        self._dispatcher, self._job, self._index = dispatcher, job, part.index
+        self._shadow: TableCopy | None = None
+
+    def warm(self) -> None:
+        job, expert = self._job, self._job.expert(self._index)
+        if self._shadow is not None or not job.uses_shadows:
+            return
+        copies = (self._dispatcher.table() or job.table).copies_of(expert)
+        self._shadow = next((copy for copy in copies if copy.role is Role.SHADOW and copy not in job.avoid[self._index]), None)
+        if self._shadow is not None:
+            self._dispatcher.shadows.warm(expert, self._shadow)
+
+    def release(self, *, is_back: bool) -> None:
+        if self._shadow is not None:
+            self._dispatcher.shadows.release(self._job.expert(self._index), self._shadow, is_back=is_back)
 
 
 async def _ask_again(dispatcher: Dispatcher, job: Job, parts: Sequence[ExpertRows]) -> Mapping[int, str]:

@@ -79,6 +79,7 @@ class RouterParts:
             tracing=self.tracing,
             trust=self.trust,
             hedging=_hedging(spec, self.actor_health),
+            shadows=self.actor_health,
             max_tokens=limit,
             limits=_dispatch_limits(spec),
             waves=WaveLimits(max_calls=spec.router.max_wave_calls),

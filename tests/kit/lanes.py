@@ -20,12 +20,13 @@ TORCH = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torc
 
 
 class FakeLanes:
-    """Lanes to actors that compute `forward(expert, version, rows)`. Submits are in `requests`, withdrawn ones in `withdrawn`, hints in `warmed`."""
+    """Lanes to actors that compute `forward(expert, version, rows)`. `requests` are submits, `withdrawn` of them; `warmed` shadows, `released` ones."""
 
     def __init__(self, forward: Forward) -> None:
         self.requests: list[SegmentRequest] = []
         self.withdrawn: list[SegmentRequest] = []
         self.warmed: list[tuple[ExpertId, TableCopy]] = []
+        self.released: list[tuple[ExpertId, TableCopy, bool]] = []
         self.queued: Counter[str] = Counter()
         self._forward = forward
         self._failures: defaultdict[str, deque[Exception]] = defaultdict(deque)
@@ -62,6 +63,10 @@ class FakeLanes:
     def warm(self, expert: ExpertId, shadow: TableCopy) -> None:
         """Remember the hint."""
         self.warmed.append((expert, shadow))
+
+    def release(self, expert: ExpertId, shadow: TableCopy, *, is_back: bool) -> None:
+        """Remember that nobody waits for it, and whether a replica answered."""
+        self.released.append((expert, shadow, is_back))
 
     def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
         """Compute, fail or wait."""

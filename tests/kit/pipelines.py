@@ -73,7 +73,7 @@ def setup(copies: Copies = one_copy_each, **options: Any) -> Setup:
     """A pipeline over the experts above."""
     lanes, model = FakeLanes(expert_forward), served()
     made = Setup(None, lanes, model, table(copies))
-    made.pipeline = Pipeline(lanes, {NAME: model}, lambda: made.table, random.Random(0), **options)
+    made.pipeline = Pipeline(lanes, {NAME: model}, lambda: made.table, random.Random(0), shadows=lanes, **options)
     return made
 
 

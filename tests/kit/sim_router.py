@@ -131,7 +131,7 @@ class SimRouter:
         self.budget = HedgeBudget(BUDGET_FRACTION, BURST_ROWS)
         hedging = Hedging(Lateness(0.99, 0.01), self.budget, standstill_s=self.health.standstill_s)
         lanes = _WatchedLanes(self.lanes, recorder)
-        self.dispatcher = Dispatcher(lanes, lambda: self.table, rng, tracing=Tracing.disabled(), trust=self.trust, hedging=hedging)
+        self.dispatcher = Dispatcher(lanes, lambda: self.table, rng, tracing=Tracing.disabled(), trust=self.trust, hedging=hedging, shadows=self.health)
         self.health.on_pulse = self.dispatcher.pulse
         self.health.start()
         self._next_report_s = 0.0

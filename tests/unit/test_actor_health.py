@@ -14,7 +14,7 @@ import torch
 
 from cluster.core import link_handshake
 from cluster.core.errors import ReplicaUnavailable
-from cluster.core.ids import ExpertId, Role
+from cluster.core.ids import ExpertId, Incarnation, Role
 from cluster.core.link_frames import Cool, Warm
 from cluster.core.link_handshake import MAX_PROTOCOL
 from cluster.core.routing_table import RoutingTable, TableCopy, TableModel
@@ -65,7 +65,7 @@ async def router(num_actors: int, *, hedge_s: float = NEVER_S, budget_rows: floa
         await lanes.wait_until_settled(10)
         health.adopt(table)
         hedging = Hedging(Lateness(0.99, hedge_s), HedgeBudget(0.05, budget_rows), standstill_s=health.standstill_s)
-        pipeline = Pipeline(lanes, {NAME: served()}, lambda: table, random.Random(0), trust=trust, hedging=hedging)
+        pipeline = Pipeline(lanes, {NAME: served()}, lambda: table, random.Random(0), trust=trust, hedging=hedging, shadows=health)
         health.on_pulse = pipeline.dispatcher.pulse
         health.start()
         try:
@@ -243,6 +243,72 @@ async def test_an_actor_too_old_for_a_hint_does_not_get_it_and_keeps_its_link(ne
         await until(lambda: Warm(*place) in hints)
         assert (Cool(*place) in hints) is (newest > 1)
         assert made.lanes.status()[0].num_connects == 1
+
+
+async def test_a_hint_reaches_who_holds_the_shadow_and_nobody_else() -> None:
+    async with router(2) as made:
+        hints = hints_to(made.actors[1])
+        expert, shadow = ExpertId(NAME, 3, 2), made.table.copies_of(ExpertId(NAME, 3, 2))[1]
+        made.health.warm(expert, shadow._replace(incarnation=Incarnation("nobody", 1)))
+        made.health.warm(expert, shadow)
+        await until(lambda: bool(hints))
+        assert hints == [Warm(NAME, 3, 2, bytes.fromhex(VERSION))]
+
+
+async def test_a_shadow_that_late_rows_waited_for_is_let_go_once_the_last_of_them_has_an_answer_of_a_replica() -> None:
+    async with router(2) as made:
+        hints = hints_to(made.actors[1])
+        expert, shadow = ExpertId(NAME, 3, 2), made.table.copies_of(ExpertId(NAME, 3, 2))[1]
+        for _ in range(2):
+            made.health.warm(expert, shadow)
+        made.health.release(expert, shadow, is_back=True)
+        made.health.warm(expert, shadow)  # hints arrive in their order: no Cool came before this one
+        await until(lambda: len(hints) == 3)
+        assert all(isinstance(hint, Warm) for hint in hints), "others still wait"
+        made.health.release(expert, shadow, is_back=False)
+        made.health.release(expert, shadow, is_back=True)
+        await until(lambda: len(hints) == 4)
+        assert hints[-1] == Cool(NAME, 3, 2, bytes.fromhex(VERSION))
+        made.health.warm(expert, shadow)
+        made.health.release(expert, shadow, is_back=False)
+        made.health.warm(expert, shadow)
+        await until(lambda: len(hints) == 6)
+        assert isinstance(hints[-2], Warm), "it answered, and may have to again"
+        made.health.release(expert, shadow, is_back=True)
+        assert not made.health._awaited
+
+
+async def test_what_an_ejection_keeps_ready_stays_so_though_late_rows_have_their_answer_and_the_other_way_round() -> None:
+    async with router(2) as made:
+        stuck, hints, all_shadows = made.actors[0], hints_to(made.actors[1]), 2 * E
+        name, expert = str(stuck.endpoint.incarnation), ExpertId(NAME, 3, 2)
+        shadow = made.table.copies_of(expert)[1]
+        stuck.compute.gate.clear()
+        made.health.warm(expert, shadow)
+        await made.pipeline.run(call())
+        assert made.health.state(name) is State.EJECTED
+        made.health.release(expert, shadow, is_back=True)
+        made.health.warm(expert, shadow)
+        stuck.compute.gate.set()
+        await until(lambda: made.health.state(name) is State.ON_TRIAL)
+        while made.health.state(name) is not State.HEALTHY:
+            await made.pipeline.run(call(1))
+        await until(lambda: len(cooled(hints)) == all_shadows - 1)
+        assert (3, 2) not in cooled(hints)
+        made.health.release(expert, shadow, is_back=True)
+        await until(lambda: len(cooled(hints)) == all_shadows)
+
+
+def hints_to(actor: FakeActor) -> list[Warm | Cool]:
+    """What an actor is told from now on."""
+    hints: list[Warm | Cool] = []
+    actor.server.hint = hints.append
+    return hints
+
+
+def cooled(hints: list[Warm | Cool]) -> set[tuple[int, int]]:
+    """Of which layer and index somebody said that they need not stay ready."""
+    return {(hint.layer, hint.index) for hint in hints if isinstance(hint, Cool)}
 
 
 async def test_an_actor_that_never_answered_its_window_is_tried_on_a_fresh_link() -> None:

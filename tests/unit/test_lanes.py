@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from cluster.core.errors import DeadlineExceeded, NotReady, Overloaded, ReplicaUnavailable
-from cluster.core.ids import ExpertId, Incarnation, Role
-from cluster.core.link_frames import Warm
+from cluster.core.ids import ExpertId, Incarnation
 from cluster.core.link_limits import LinkLimits
-from cluster.core.routing_table import TableCopy
 from kit.link import holding, random_rows, request, running_actor, running_lanes, submit, table_of, until
 from router_service.lanes import Lanes
 from router_service.link_client import LinkPhase
@@ -50,17 +48,6 @@ async def test_rows_that_arrive_while_the_actor_is_busy_merge_into_the_next_fram
         assert all(np.array_equal(reply.rows, rows) for reply, rows in zip(replies, all_rows, strict=True))
         assert len(actor.compute.frames) == 3
         await asyncio.gather(*held)
-
-
-async def test_a_hint_reaches_who_holds_the_shadow_and_nobody_else() -> None:
-    async with running_actor() as actor, running_lanes(actor.endpoint) as lanes:
-        hints: list[Warm] = []
-        actor.server.hint = hints.append
-        shadow = TableCopy(actor.endpoint.incarnation, "ab" * 32, Role.SHADOW)
-        lanes.warm(ExpertId("m", 1, 2), shadow._replace(incarnation=Incarnation("nobody", 1)))
-        lanes.warm(ExpertId("m", 1, 2), shadow)
-        await until(lambda: bool(hints))
-        assert hints == [Warm("m", 1, 2, b"\xab" * 32)]
 
 
 async def test_rows_are_views_of_the_received_body_not_copies() -> None:

@@ -98,6 +98,8 @@ async def test_without_a_witness_a_golden_row_clears_healthy_weights() -> None:
     assert lost.value.failed_rows == (1,)
     assert made.pipeline.dispatcher.trust.is_calm
     assert {request.copy.role for request in made.lanes.requests} == {Role.REPLICA}
+    assert set(made.lanes.released) == {(expert, copy, True) for expert, copy in made.lanes.warmed}, "a replica's answer stands"
+    assert made.lanes.warmed
 
 
 @pytest.mark.parametrize("has_shadow", [False, True])
@@ -137,6 +139,7 @@ async def test_a_shadow_is_made_ready_while_the_golden_row_is_under_way_unless_t
     made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
     await made.pipeline.run(chosen())
     assert [(expert.index, copy.role) for expert, copy in made.lanes.warmed] == [(2, Role.SHADOW)]
+    assert [is_back for _, _, is_back in made.lanes.released] == [False], "it answers now"
     made = made_of((Role.REPLICA, SICK), (Role.SHADOW, version_of(2)))
     with pytest.raises(ExpertUnavailable):
         await made.pipeline.run(chosen(fidelity_exact=True))

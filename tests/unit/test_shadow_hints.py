@@ -1,4 +1,4 @@
-"""A shadow is made ready while rows that only it could take are late, before its time to be asked has come; an actor that advances keeps its rows."""
+"""A shadow is made ready while rows that only it could take are late, before it is asked, and let go after; an actor that advances keeps its rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from cluster.core.errors import ReplicaUnavailable
 from cluster.core.ids import Incarnation, Role
 from cluster.core.routing_table import TableCopy
 from kit.lanes import copy_on
@@ -57,6 +58,32 @@ def test_a_shadow_is_hinted_at_once_for_each_late_part_before_it_is_asked() -> N
     made = with_replicas(1)
     assert run_in_virtual_time(held_for(made, SHADOW_S + 3 * STEP_S), VirtualLoop()) == [Role.REPLICA] * E + [Role.SHADOW] * E
     assert len(made.lanes.warmed) == E
+
+
+async def answered_after(made: Setup, time_s: float) -> None:
+    """Have a call wait for so long under a pulse, then let everybody answer; what replicas had not answered by then, shadows may have."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.ensure_future(made.pipeline.run(call()))
+    loop.call_later(time_s, made.lanes.let_go)
+    while not asked.done():
+        await asyncio.sleep(STEP_S)
+        made.pipeline.dispatcher.pulse(loop.time())
+    await asked
+
+
+def test_a_shadow_is_let_go_once_for_each_hint_with_who_answered_and_when_nobody_waits_any_more() -> None:
+    made = with_replicas(1)
+    run_in_virtual_time(answered_after(made, SHADOW_S - 2 * STEP_S), VirtualLoop())
+    assert made.lanes.released == [(expert, copy, True) for expert, copy in made.lanes.warmed]
+    assert len(made.lanes.warmed) == E
+    made = with_replicas(1)
+    made.lanes.break_actor("a0", ReplicaUnavailable("gone"))  # found out when everybody answers
+    run_in_virtual_time(answered_after(made, SHADOW_S - 2 * STEP_S), VirtualLoop())
+    assert sorted(made.lanes.released) == sorted((expert, copy, False) for expert, copy in made.lanes.warmed)
+    assert len(made.lanes.released) == E
+    made = with_replicas(1)
+    run_in_virtual_time(held_for(made, SHADOW_S - 2 * STEP_S), VirtualLoop())  # its caller leaves
+    assert sorted(made.lanes.released) == sorted((expert, copy, False) for expert, copy in made.lanes.warmed)
 
 
 @pytest.mark.parametrize(("num_replicas", "exact"), [(3, False), (1, True)])
