@@ -73,6 +73,7 @@ class Job:
 
     `uses_shadows`: a shadow may answer where no replica does. `may_lose`: what nobody answers is not the end of the call. `trace`: the call's
     traceparent, empty when it is not recorded. `tenant` is whose rows they are. `avoid`: by expert index, copies that gave it numbers that are not finite.
+    `is_again`: its rows were sent before, in a job that failed or was not believed.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Job:
     may_lose: bool = False
     trace: str = ""
     tenant: str = ""
+    is_again: bool = False
     num_rechecks: int = 0
     avoid: dict[int, set[TableCopy]] = field(default_factory=dict)
     replies: dict[int, SegmentReply] = field(default_factory=dict)
@@ -307,7 +309,8 @@ class _UnderWay:
                 is_hedge=order.why is Why.HEDGE,
             )
             if desk.hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
-                (desk.hedging.budget.asked if order.why is Why.FIRST else desk.hedging.budget.resent)(rows.num_rows)
+                is_first = order.why is Why.FIRST and not job.is_again
+                (desk.hedging.budget.asked if is_first else desk.hedging.budget.resent)(rows.num_rows)
             self._sent_s[key] = sent_s
             withdraw = begin(request, partial(self._ended, key))
             if order.attempt in part.live:

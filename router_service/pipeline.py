@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, MoeError, NotReady
 from cluster.core.ids import Role
 from cluster.core.routing_table import RoutingTable
+from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Tracing, current_traceparent
 from router_service.caller import tenant_of_call
 from router_service.core.choose import choose
@@ -79,6 +80,7 @@ class Pipeline:
         max_tokens: int = 65_536,
         limits: DispatchLimits | None = None,
         waves: WaveLimits | None = None,
+        metrics: RouterMetrics | None = None,
     ) -> None:
         """`trust` says which copies to avoid; without `hedging` nothing is sent twice because it is late; `shadows` has them made ready."""
         self._models = models
@@ -88,7 +90,7 @@ class Pipeline:
         self._limits = limits or DispatchLimits()
         self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging, shadows=shadows)
         self.budget = DispatchBudget(self._limits.max_bytes)
-        self._waves = Waves(self._run, waves or WaveLimits())
+        self._waves = Waves(self._run, waves or WaveLimits(), metrics)
 
     async def run(self, call: LayerCall) -> LayerReply:
         """Run one MoE layer over the call's tokens.
@@ -165,6 +167,7 @@ class Pipeline:
             may_lose=bool(rungs) or len(shares) > 1,  # what one call cannot do without, others may not need
             trace=call.traceparent or current_traceparent(),
             tenant=tenant_of_call.get(),
+            is_again=shares[0].is_again,
         )
         return _Planned(shares, whole, layer, job, rungs)
 

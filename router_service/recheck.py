@@ -140,6 +140,7 @@ async def _ask_again(dispatcher: Dispatcher, job: Job, parts: Sequence[ExpertRow
         may_lose=True,
         trace=job.trace,
         tenant=job.tenant,
+        is_again=True,
         avoid=job.avoid,
         replies=job.replies,
     )
@@ -167,6 +168,8 @@ async def _ask(dispatcher: Dispatcher, job: Job, part: ExpertRows, question: Que
         epoch=job.table.epoch,
         attempt=attempt,
     )
+    if dispatcher.hedging is not None:
+        dispatcher.hedging.budget.resent(len(rows))
     ended: asyncio.Future[SegmentReply | MoeError] = asyncio.get_running_loop().create_future()
     withdraw = dispatcher.lanes.begin(request, lambda outcome: None if ended.done() else ended.set_result(outcome))
     try:

@@ -83,6 +83,7 @@ class RouterParts:
             max_tokens=limit,
             limits=_dispatch_limits(spec),
             waves=WaveLimits(max_calls=spec.router.max_wave_calls),
+            metrics=self.metrics,
         )
         self.actor_health.on_pulse = self.pipeline.dispatcher.pulse
         self.feed = TableFeed(config.control_address, secrets.control_token, router_id=config.router_id, adopt=adopt, rng=rng)

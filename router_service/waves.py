@@ -11,8 +11,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import copy_context
+from dataclasses import replace
+from typing import NamedTuple
 
 from cluster.core.errors import DeadlineExceeded, MoeError, NotReady, Overloaded
+from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import current_traceparent
 from router_service.caller import tenant_of_call
 from router_service.core.layer_call import LayerCall, LayerReply
@@ -29,9 +32,10 @@ def is_recorded(call: LayerCall) -> bool:
 class Waves:
     """Joins calls and tells each its own reply. `run(shares, deadline_s)` carries one wave; it raises only what ends every call of it."""
 
-    def __init__(self, run: Run, limits: WaveLimits) -> None:
+    def __init__(self, run: Run, limits: WaveLimits, metrics: RouterMetrics | None = None) -> None:
         self._run = run
         self._limits = limits
+        self._departed: Callable[[Sequence[float]], None] = (lambda _: None) if metrics is None else metrics.wave_departed
         self._open: dict[Hashable, _Wave] = {}
         self._num_under_way: Counter[Hashable] = Counter()
         self._patience = Patience(limits)
@@ -39,6 +43,7 @@ class Waves:
     async def join(self, share: Share) -> LayerReply:
         """This call's reply. Raises what `run` gives or raises for it; cancelling withdraws the call, and the wave with its last one."""
         if self._limits.max_calls == 1 or share.call.hidden_states.nbytes > self._limits.max_call_bytes or is_recorded(share.call):
+            self._departed((0.0,))
             return _given(await self._run([share], share.call.deadline_s))
         key = share.key(tenant_of_call.get())
         if key not in self._open and self._num_under_way[key] < self._limits.max_overlapping_calls:
@@ -52,6 +57,7 @@ class Waves:
 
     async def _alone(self, key: Hashable, share: Share) -> LayerReply:
         self._num_under_way[key] += 1
+        self._departed((0.0,))
         begun_s = asyncio.get_running_loop().time()
         try:
             return _given(await self._run([share], share.call.deadline_s))
@@ -83,13 +89,14 @@ class Waves:
         loop, num_calls = asyncio.get_running_loop(), len(wave.members)
         begun_s = loop.time()
         self._num_under_way[key] += num_calls
+        self._departed([begun_s - member.came_s for member in wave.members.values()])
         wave.task = loop.create_task(self._carry(wave), name="wave", context=wave.context)
         # Not in the task itself: one that is cancelled before its first step runs nothing.
         wave.task.add_done_callback(lambda _: self._ended(key, num_calls, begun_s))
 
     async def _carry(self, wave: _Wave) -> None:
         members = tuple(wave.members.items())
-        shares = [share for _, share in members]
+        shares = [member.share for _, member in members]
         outcomes: Sequence[LayerReply | Exception]
         try:
             outcomes = await self._run(shares, wave.draft.latest_s)
@@ -108,10 +115,15 @@ class Waves:
     async def _again(self, share: Share) -> LayerReply | Exception:
         """One call's rows must never fail another's: what ended the wave ends, by itself, only the call that it belongs to."""
         try:
-            (outcome,) = await self._run([share], share.call.deadline_s)
+            (outcome,) = await self._run([replace(share, is_again=True)], share.call.deadline_s)
         except Exception as error:  # noqa: BLE001  (else nobody of the wave would hear of anything)
             return error
         return outcome
+
+
+class _Member(NamedTuple):
+    share: Share
+    came_s: float
 
 
 class _Wave:
@@ -119,15 +131,16 @@ class _Wave:
 
     def __init__(self, draft: WaveDraft) -> None:
         self.draft = draft
-        self.members: dict[asyncio.Future[LayerReply], Share] = {}
+        self.members: dict[asyncio.Future[LayerReply], _Member] = {}
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.context = copy_context()  # its tenant's
 
     async def wait_for(self, share: Share) -> LayerReply:
         """Be one of them until the reply."""
-        future: asyncio.Future[LayerReply] = asyncio.get_running_loop().create_future()
-        self.members[future] = share
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[LayerReply] = loop.create_future()
+        self.members[future] = _Member(share, loop.time())
         try:
             return await future
         finally:

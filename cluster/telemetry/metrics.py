@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 NO_LAYER: Final = "-1"
 OUTCOMES: Final = ("exact", "shadow", "omitted", "generalist", "dense", "dropped", "unused")
 _LATENCY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_WAVE_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class RouterMetrics:
@@ -22,6 +23,10 @@ class RouterMetrics:
         self._requests = Counter("moe_requests", "Requests ended, by gRPC status code", ["model", "layer", "code"], registry=registry)
         self._ended: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._duration = Histogram("moe_request_duration_seconds", "From admission to reply", ["model", "layer"], registry=registry, buckets=_LATENCY_BUCKETS_S)
+        self._wave_calls = Histogram("moe_wave_calls", "Calls that shared a dispatch", registry=registry, buckets=_WAVE_BUCKETS)
+        self._wave_wait = Histogram(
+            "moe_wave_wait_seconds", "How long a call waited for its dispatch to depart", registry=registry, buckets=(0.0, *_LATENCY_BUCKETS_S[:8])
+        )
         self._choices = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
         self._choice_series: dict[tuple[str, ...], Counter] = {}
         self._token_series: dict[tuple[str, ...], Counter] = {}
@@ -72,6 +77,12 @@ class RouterMetrics:
                 _child(self._choice_series, self._choices, model, outcome).inc(count)
         if tokens:
             _child(self._token_series, self._tokens, model).inc(tokens)
+
+    def wave_departed(self, waits_s: Sequence[float]) -> None:
+        """Count one dispatch by how long each of its calls waited for it."""
+        self._wave_calls.observe(len(waits_s))
+        for wait_s in waits_s:
+            self._wave_wait.observe(wait_s)
 
     def link_bytes(self, direction: str, num_bytes: int) -> None:
         """Count row bytes; `direction` is `sent` or `received`."""

@@ -67,7 +67,7 @@ class HedgeBudget:
         return True
 
     def resent(self, num_rows: int) -> None:
-        """Rows were sent again since their actor was lost, was ejected or failed."""
+        """Rows were sent again: their actor was lost, was ejected or failed, the wave that they were in failed, or their answer is in doubt."""
         self.resent_rows += num_rows
 
 

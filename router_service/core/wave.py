@@ -36,12 +36,16 @@ class WaveLimits:
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """One call, checked, with its choices: x [T, D] in the model's dtype. `layer` is the loaded layer that they were made with."""
+    """One call, checked, with its choices: x [T, D] in the model's dtype. `layer` is the loaded layer that they were made with.
+
+    `is_again`: its rows were sent before, in a wave that failed.
+    """
 
     call: LayerCall
     layer: object
     x_TD: torch.Tensor
     chosen: Chosen
+    is_again: bool = False
 
     @property
     def num_tokens(self) -> int:

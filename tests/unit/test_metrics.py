@@ -12,6 +12,8 @@ from router_service.errors import code_of
 NAMES = {
     "moe_requests_total",
     "moe_request_duration_seconds_count",
+    "moe_wave_calls_count",
+    "moe_wave_wait_seconds_count",
     "moe_choices_total",
     "moe_tokens_total",
     "moe_ejections_total",
@@ -32,6 +34,7 @@ NAMES = {
 def test_names_are_frozen_and_served_on_loopback() -> None:
     metrics = RouterMetrics(version="1")
     metrics.request_finished("m", 0, "OK", 0.01, dict.fromkeys(OUTCOMES, 2), tokens=8)
+    metrics.wave_departed([0.0, 0.003])
     metrics.link_bytes("sent", 100)
     metrics.redispatched("reset")
     metrics.queues(oldest_age_s=0.1, tokens=3, links_ready=2)

@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 from cluster.core.errors import DataLoss, DeadlineExceeded, ExpertUnavailable, InvalidRequest, InvariantBroken, MoeError, Overloaded, ReplicaFaulted
 from cluster.core.ids import ExpertId, Role
 from cluster.core.routing_table import RoutingTable, TableCopy
+from cluster.telemetry.metrics import RouterMetrics
 from cluster.telemetry.tracing import Tracing
 from kit.lanes import copy_on
 from kit.pipelines import NAME, E, K, Setup, call, expected, one_copy_each, setup, version_of
+from kit.virtual_time import VirtualLoop, run_in_virtual_time
 from router_service.caller import tenant_of_call
+from router_service.core.hedging import HedgeBudget, Lateness
 from router_service.core.wave import DEADLINE_SLACK, Patience, Share, WaveDraft, WaveLimits
+from router_service.dispatcher import Hedging
 from router_service.pipeline import GateChoice, LayerCall, LayerReply, Overflow, TopK
 
 LIMITS = WaveLimits(max_overlapping_calls=1, max_hold_s=10.0)
@@ -112,6 +116,30 @@ async def test_calls_of_another_kind_do_not_share(change: dict[str, object]) -> 
     assert torch.equal(replies[1].hidden_states, expected(other, made.model))
 
 
+def counted(metrics: RouterMetrics) -> list[float]:
+    """Dispatches, calls, how long all of these waited, and calls that did not wait at all."""
+    names = ("moe_wave_calls_count", "moe_wave_calls_sum", "moe_wave_wait_seconds_sum")
+    return [*(metrics.registry.get_sample_value(name) for name in names), metrics.registry.get_sample_value("moe_wave_wait_seconds_bucket", {"le": "0.0"})]
+
+
+def test_waves_are_counted_by_their_calls_and_by_how_long_these_waited() -> None:
+    async def waits(made: Setup, held_s: float, gone_s: float, **fields: object) -> None:
+        made.lanes.hold()
+        tasks = [asyncio.ensure_future(made.pipeline.run(call(seed, **fields))) for seed in range(4)]
+        await asyncio.sleep(gone_s)
+        tasks[3].cancel()
+        await asyncio.sleep(held_s - gone_s)
+        made.lanes.let_go()
+        await asyncio.gather(*tasks[:3])
+
+    metrics = RouterMetrics()
+    run_in_virtual_time(waits(setup(waves=LIMITS, metrics=metrics), 0.25, 0.125), VirtualLoop())
+    assert counted(metrics) == [2, 3, 0.5, 1], "one at once, two together, and one who left"
+    metrics = RouterMetrics()
+    run_in_virtual_time(waits(setup(waves=LIMITS, metrics=metrics), 0.25, 0.125, traceparent=TRACEPARENT), VirtualLoop())
+    assert counted(metrics) == [4, 4, 0.0, 4], "recorded: each by itself"
+
+
 async def test_tenants_do_not_share() -> None:
     made = setup(waves=LIMITS)
     made.lanes.hold()
@@ -162,7 +190,9 @@ async def test_rows_that_overflow_the_experts_fail_their_own_call_alone() -> Non
     def overflowing(expert: ExpertId, _: str, rows_ND: torch.Tensor) -> torch.Tensor:
         return torch.where(rows_ND.abs() > 1e30, float("inf"), torch.tanh(rows_ND * (expert.index + 1)) + expert.layer)
 
-    made = setup(lambda _, index: [copy_on(f"a{place}", version_of(index)) for place in range(2)], waves=LIMITS)
+    budget = HedgeBudget(0.0, 0.0)
+    hedging = Hedging(Lateness(0.99, 1000.0), budget)
+    made = setup(lambda _, index: [copy_on(f"a{place}", version_of(index)) for place in range(2)], waves=LIMITS, hedging=hedging)
     made.lanes._forward = overflowing
     huge = call(1, num_tokens=3)
     huge.hidden_states[2] = 2e30
@@ -172,6 +202,9 @@ async def test_rows_that_overflow_the_experts_fail_their_own_call_alone() -> Non
     assert replies[1].failed_rows == (2,)
     assert torch.equal(replies[2].hidden_states, expected(good, made.model))
     assert made.pipeline.dispatcher.trust.is_calm, "nobody is blamed"
+    rows = sum(len(request.rows) for request in made.lanes.requests)
+    asked = K * sum(each.hidden_states.shape[0] for each in (call(0), huge, good))
+    assert (budget.asked_rows, budget.asked_rows + budget.resent_rows) == (asked, rows), "asked once, sent as often as they were sent"
 
 
 async def test_a_call_that_a_bug_ends_when_it_is_tried_by_itself_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
