@@ -34,6 +34,7 @@ _ROUTERS = TypeAdapter(dict[str, RouterRecord])
 _MODELS = TypeAdapter(dict[str, ModelRecord])
 _DEVICES = TypeAdapter(dict[str, str])
 _TIMES = TypeAdapter(dict[str, float])
+_BLOBS = TypeAdapter(tuple[tuple[str, str], ...])
 _ACCUSED = TypeAdapter(list[tuple[Held, Accusal]])
 
 
@@ -54,6 +55,7 @@ _DURABLE: dict[str, Callable[[Any], bytes]] = {
     "quarantined": lambda devices: _DEVICES.dump_json(dict(devices)),
     "released": lambda times: _TIMES.dump_json(dict(times)),
     "accused": lambda accused: _ACCUSED.dump_json(list(accused.items())),
+    "distrusted": _BLOBS.dump_json,
     "published": lambda draft: to_proto(draft.at_epoch(0)).SerializeToString(deterministic=True),
 }
 
@@ -113,6 +115,7 @@ class ControlStore:
             quarantined=_DEVICES.validate_json(self._written.get("quarantined", b"{}")),
             released=_TIMES.validate_json(self._written.get("released", b"{}")),
             accused=dict(_ACCUSED.validate_json(self._written.get("accused", b"[]"))),
+            distrusted=_BLOBS.validate_json(self._written.get("distrusted", b"[]")),
             published=draft_of(from_proto(pb.WatchTableResponse.FromString(self._written.get("published", b"")))),
         )
 

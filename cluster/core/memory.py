@@ -17,6 +17,7 @@ from cluster.core.table_draft import Held, TableDraft
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
+MAX_DISTRUSTED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class Memory:
     `quarantined`: devices (NODE/DEVICE) that get no copies and no actors, each with its reason, until somebody releases them. `released`: when
     (Unix seconds) that was, by device: no error from before is held against one again, whichever process tells of it. `accused`: copies with wrong
     numbers that are still in their slots. Routers forget those that a table has dropped, so that nobody else would know what not to publish again.
+    `distrusted`: (node, version) of blobs that must be digested again before they are loaded there, oldest first; at most MAX_DISTRUSTED, the oldest leave.
     """
 
     generation: int = 0
@@ -119,6 +121,7 @@ class Memory:
     quarantined: Mapping[str, str] = field(default_factory=dict)
     released: Mapping[str, float] = field(default_factory=dict)
     accused: Mapping[Held, Accusal] = field(default_factory=dict)
+    distrusted: tuple[tuple[str, str], ...] = ()
 
     issued: frozenset[Incarnation] = frozenset()
     returned: frozenset[Incarnation] = frozenset()
@@ -133,7 +136,6 @@ class Memory:
     condemned: Mapping[Incarnation, str] = field(default_factory=dict)
     killed_s: tuple[float, ...] = ()
     accused_s: tuple[float, ...] = ()
-    distrusted: frozenset[tuple[str, str]] = frozenset()
     devices: Mapping[Incarnation, str] = field(default_factory=dict)
     strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     further: Mapping[CopyId, tuple[str, ...]] = field(default_factory=dict)
@@ -187,7 +189,8 @@ def with_outcome(memory: Memory, action: Action, error: str | None, now_s: float
         place = (action.node_id, action.model)
         stored = {**memory.stored, place: memory.stored.get(place, frozenset()) | action.experts}
         versions = memory.stored_shadows.get(place, frozenset()) | {copy.version for copy in action.shadows}
-        memory = replace(memory, stored=stored, stored_shadows={**memory.stored_shadows, place: versions})
+        distrusted = tuple(blob for blob in memory.distrusted if blob[0] != action.node_id or blob[1] not in action.distrusted)
+        memory = replace(memory, stored=stored, stored_shadows={**memory.stored_shadows, place: versions}, distrusted=distrusted)
     return with_success(memory, action.key)
 
 
@@ -215,8 +218,9 @@ def with_goal(memory: Memory, revision: int, *, replace_differing: bool) -> Memo
 
 
 def without_stored_copy(memory: Memory, node_id: str, copy: CopyId) -> Memory:
-    """Distrust one copy's blob in a node's store: it is read and digested again before the copy is loaded there."""
-    memory = replace(memory, distrusted=memory.distrusted | {(node_id, copy.version)})
+    """Distrust one copy's blob in a node's store: it is read and digested again before the copy is loaded there, also by a later controller."""
+    blob = (node_id, copy.version)
+    memory = replace(memory, distrusted=(*(other for other in memory.distrusted if other != blob), blob)[-MAX_DISTRUSTED:])
     place, expert = (node_id, copy.expert.model), (copy.expert.layer, copy.expert.index)
     if copy.role is Role.SHADOW:
         versions = memory.stored_shadows.get(place, frozenset()) - {copy.version}

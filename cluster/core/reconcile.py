@@ -234,11 +234,11 @@ class _Step:
                     self.memory = without_stored_copy(memory, view.record.node_id, slot.copy)
 
     def _imports(self, missing: Mapping[tuple[str, str], set[CopyId]], why: str) -> None:
-        alive = {node.node_id for node in self.status.nodes if node.alive}
+        alive, doubtful = {node.node_id for node in self.status.nodes if node.alive}, frozenset(self.memory.distrusted)
         for (node_id, model), copies in sorted(missing.items()):
             experts = frozenset((copy.expert.layer, copy.expert.index) for copy in copies if copy.role is Role.REPLICA)
             shadows = frozenset(copy for copy in copies if copy.role is Role.SHADOW)
-            distrusted = frozenset(copy.version for copy in copies if (node_id, copy.version) in self.memory.distrusted)
+            distrusted = frozenset(copy.version for copy in copies if (node_id, copy.version) in doubtful)
             action = ImportExperts(node_id, model, experts, why, shadows, distrusted)
             if node_id in alive and self.memory.may_try(action.key, self.now_s):
                 self.actions.append(action)

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.cluster_view import status_message
 from cluster.core.health import LinkReport, Wrong
-from cluster.core.ids import CopyId, Incarnation
+from cluster.core.ids import CopyId, ExpertId, Incarnation, Role
+from cluster.core.memory import MAX_DISTRUSTED, Memory, without_stored_copy
 from cluster.core.spec import ActorsSpec, ClusterSpec, RepairSpec
 from cluster.core.status import GpuFault, GpuReading, SlotState
 from kit.control import STEP_S, ControlRig, make_spec
@@ -211,6 +212,35 @@ async def test_copy_withdrawn_for_wrong_numbers_is_not_published_again_by_a_rest
     ours = [line.split()[0] for line in rig.fleet.log[log:] if str(life) in line]
     assert ours == ["drain", "release", "assume"]
     await rig.until(lambda: rig.message == "")
+
+
+async def test_blob_that_was_not_verified_anew_when_the_controller_ended_is_by_the_next_one_and_then_trusted(rig: ControlRig) -> None:
+    await rig.deploy()
+    life, copy = rig.incarnation("actor-1"), copies_of(rig, 1)[0]
+    blob = (rig.fleet.actors[life].node_id, copy.version)
+    rig.fleet.import_s = 60.0
+    accuse(rig, copy, life)
+    await rig.until(lambda: blob in rig.fleet.verified_anew)
+    await rig.crash()  # nobody knows whether it was
+    rig.fleet.verified_anew.clear()
+    rig.fleet.import_s = 0.0
+    await rig.until(lambda: rig.published_on(copy) not in ([], [str(life)]))
+    await rig.until(lambda: rig.published_on(copy) == [str(life)] and rig.message == "")
+    assert rig.fleet.verified_anew == [blob]
+    assert rig.controller.snapshot().memory.distrusted == ()
+    await rig.crash()
+    log = len(rig.fleet.log)
+    await rig.until(lambda: any(line.startswith("import_experts") and line.endswith(blob[0]) for line in rig.fleet.log[log:]))
+    assert rig.fleet.verified_anew == [blob], "once was enough"
+
+
+def test_of_very_many_distrusted_blobs_the_oldest_are_forgotten_and_each_counts_once() -> None:
+    copies = [CopyId(ExpertId("m", 0, number), f"{number:064x}", Role.REPLICA) for number in range(MAX_DISTRUSTED + 2)]
+    memory = Memory()
+    for copy in [*copies, copies[5]]:
+        memory = without_stored_copy(memory, "node-1", copy)
+    expected = [copy.version for copy in copies[2:] if copy != copies[5]] + [copies[5].version]
+    assert [version for _, version in memory.distrusted] == expected
 
 
 async def test_only_copy_with_wrong_numbers_stays_while_nothing_else_can_answer(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def full_memory() -> Memory:
         actors={"actor-0": ActorRecord(life, "node-1", 0.5, 6, was_ready=True)},
         routers={"router-0": RouterRecord("router-0", "head", "d" * 64, "127.0.0.1:7")},
         accused={Held(life, min(wanted_copies(manifest))): Accusal(4.5, "checksum")},
+        distrusted=(("node-1", "a" * 64), ("node-0", "b" * 64)),
         published=draft,
     )
 
