@@ -169,13 +169,14 @@ def register_cluster_experts(
     name: str = "moelastic",
     fidelity: Literal["any", "exact"] = "any",
     timeout_s: float = 60.0,
+    connections: int = 1,
     client: RouterClient | None = None,
 ) -> ClusterExperts:
     """Make `experts_implementation=name` mean the cluster behind this router. Call it before loading a model.
 
-    `client` is used when given, else one is made from `endpoint` and `token`. `timeout_s` bounds one call of one layer, retries included. `model`
-    is the model's name in the cluster where it cannot be told from the folder name. Several clusters: one registration each, with different names.
-    Raises ConfigError.
+    `client` is used when given, else one is made from `endpoint`, `token` and `connections`, which calls take turns over (see `RouterClient`).
+    `timeout_s` bounds one call of one layer, retries included. `model` is the model's name in the cluster where it cannot be told from the folder name.
+    Several clusters: one registration each, with different names. Raises ConfigError.
     """
     if name == REFERENCE or (name not in _remote and name in {"eager", *ALL_EXPERTS_FUNCTIONS.keys()}):
         message = f"register_cluster_experts: name {name!r} is an experts implementation already; choose another name"
@@ -184,7 +185,7 @@ def register_cluster_experts(
         if endpoint is None:
             message = "register_cluster_experts: endpoint is missing; pass HOST:PORT of the router, or client="
             raise ConfigError(message)
-        client = RouterClient(endpoint, token=token, timeout_s=timeout_s)
+        client = RouterClient(endpoint, token=token, timeout_s=timeout_s, connections=connections)
     experts = ClusterExperts(client, model=model, fidelity=fidelity, timeout_s=timeout_s)
     _remote[name] = experts
     install(_remote.__contains__)
