@@ -27,7 +27,7 @@ from cluster.deploy import roots
 from cluster.deploy.code_digest import code_digest
 from cluster.deploy.connection import Connection
 from cluster.deploy.machine_warnings import machine_warnings, worker_niceness
-from cluster.deploy.progress import Progress, state_line
+from cluster.deploy.progress import Progress, phase_of, state_line
 from cluster.deploy.roots import Prepared
 
 CONTROLLER = "controller"
@@ -201,7 +201,7 @@ def _wait_until_serving(controller: Any, progress: Progress, *, revision: int, d
     degraded_since_s: float | None = None
     while True:
         status: dict[str, Any] = json.loads(_ask(controller.status_json.remote()))
-        progress.show(state_line(status))
+        progress.show(state_line(status), phase=phase_of(status))
         is_current = status["spec_revision"] >= revision
         if is_current and status["state"] == "FAILED":
             message = f"{status['message']}; what runs keeps running, `moelastic status` shows it"

@@ -16,7 +16,7 @@ from cluster.config import parse_config
 from cluster.core.errors import ConfigError
 from cluster.deploy.code_digest import PACKAGES, PROJECT_ROOT, code_digest
 from cluster.deploy.connection import Connection, read_token
-from cluster.deploy.progress import Progress, state_line
+from cluster.deploy.progress import Progress, phase_of, state_line
 from cluster.deploy.secrets import load_or_make, with_tenant_tokens
 
 
@@ -89,6 +89,28 @@ def test_progress_off_a_terminal_is_one_plain_line_for_each_change() -> None:
     assert file.getvalue().splitlines() == ["one", "two [not markup]", "one", "end"]
 
 
+def test_progress_off_a_terminal_says_a_change_within_a_phase_only_some_seconds_after_the_last_line() -> None:
+    file, clock = io.StringIO(), [100.0]
+    with Progress(Console(file=file), clock=lambda: clock[0]) as progress:
+        for at_s, phase in ((0, "A"), (1, "A"), (4.9, "A"), (5, "A"), (6, "A"), (7, "B"), (8, "B"), (13, "B"), (13.5, "B"), (14, "A")):
+            clock[0] = 100.0 + at_s
+            progress.show(f"{phase} at {at_s}", phase=phase)
+        clock[0] = 200.0
+        progress.show("A at 14", phase="A")
+        progress.show("A at 13.9", phase="A")
+    assert file.getvalue().splitlines() == ["A at 0", "A at 5", "B at 7", "B at 13", "A at 14", "A at 13.9"]
+
+
+def test_a_terminal_shows_every_change_at_once() -> None:
+    file = io.StringIO()
+    with Progress(Console(file=file, force_terminal=True, width=80), clock=lambda: 0.0) as progress:
+        spinner = progress._spinner
+        assert spinner is not None
+        for text in ("one", "two"):
+            progress.show(text, phase="same")
+            assert str(spinner.status) == text
+
+
 def test_a_state_line_says_how_far_and_what_is_missing() -> None:
     status = {
         "state": "DEPLOYING",
@@ -103,6 +125,16 @@ def test_a_state_line_says_how_far_and_what_is_missing() -> None:
     for part in ("DEPLOYING", "actors 1/2", "copies 3/8", "routers 1/1", "tiny: 4/9", "actor-1 waits for a GPU"):
         assert part in line
     assert "waits" not in state_line(status | {"state": "SERVING"})
+
+
+def test_a_phase_is_what_is_waited_for_not_how_far_it_is() -> None:
+    def phase(state: str, ready: int, wanted: int, *routers: str) -> str:
+        return phase_of({"state": state, "num_copies_ready": ready, "num_copies_wanted": wanted, "routers": [{"state": router} for router in routers]})
+
+    steps = [phase("DEPLOYING", 0, 0), phase("DEPLOYING", 0, 8), phase("DEPLOYING", 8, 8, "starting"), phase("SERVING", 8, 8, "ready")]
+    assert len(set(steps)) == len(steps)
+    assert phase("DEPLOYING", 7, 8, "starting") == phase("DEPLOYING", 0, 8, "ready")
+    assert phase("DEGRADED", 7, 8, "ready") != phase("SERVING", 8, 8, "ready")
 
 
 @pytest.mark.parametrize(("config", "named"), [("nodels: []", "nodels: unknown key; did you mean `models`?"), (spec_of(""), "no Ray cluster to deploy on")])
