@@ -1,4 +1,7 @@
-"""Replays kept replies: each must be what its own plan gives, bit for bit, with the weights that the nodes' stores hold under the plan's digests."""
+"""Replays kept replies: each must be what its own plan gives, bit for bit, with the weights that the nodes' stores hold under the plan's digests.
+
+Kernels may round a bf16 row otherwise when it is merged with rows of other callers: seldom, and of small experts. Such a reply counts as wrong here.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def write_known_answers(path: Path, model: ModelSpec, layer: int, num_tokens: in
     twin = Twin.from_folder(model.path, model.dtype)
     served = twin.model.layer(layer)
     if served.dtype is not DType.BF16:
-        message = f"load.model: {model.name} is served in {served.dtype.value}; known answers are equal bit for bit in bf16 only; set models[].dtype to bf16"
+        reason = "known answers are compared bit for bit, and merged rows of any other type differ too often in their last bit"
+        message = f"load.model: {model.name} is served in {served.dtype.value}; {reason}; set models[].dtype to bf16"
         raise ConfigError(message)
     dice = torch.Generator().manual_seed(seed)
     inputs_NTD = torch.randn((num_inputs, num_tokens, served.descriptor.expert.hidden_size), generator=dice).bfloat16()

@@ -1,7 +1,7 @@
 """What a router itself computes for lost experts: the generalist and the dense matrix of a layer, from the ladder blobs in the node-local store.
 
 Both are small (neither is larger than D x D weights), so every router holds them: they survive the loss of every actor and cost no hop. The arithmetic is the
-experts' own, in the layer's element type on the CPU; twin and replay call the same functions, so a degraded reply can be recomputed bit for bit.
+experts' own, in the layer's element type on the CPU; twin and replay call the same functions, so what stands in can be recomputed bit for bit.
 Shape legend: N rows, D model width.
 """
 

@@ -1,6 +1,7 @@
 """The exact-replay checker: recomputes a reply in process from the request's rows and the reply's PLAN, trusting neither gate nor cluster.
 
 The plan says which version of which expert or fallback answered each choice and with what weight; the versions are digests of the weights themselves.
+Rows that an actor merged with those of others may come out with another last bit (see `router_service.twin`).
 Shape legend: T tokens, D model width, K choices of a token.
 """
 

@@ -1,6 +1,8 @@
 """The twin: a model's MoE layers in one process with the cluster's own gate, order, experts and combine. For tests, demos and doubt.
 
-In bf16 the pipeline's replies equal the twin's bit for bit; in fp32 plain kernels may differ in the last bits with the number of rows.
+A reply equals the twin's bit for bit where an actor computed each expert's rows of the call by themselves, as it does for a single caller. Merged with
+rows of others they are more to a matrix kernel, which may then sum in another order: last bits differ often in fp32 and seldom in bf16, mostly of small
+experts. `actors.deterministic` makes a cluster's answers independent of that, in tiles of rows; the twin's kernels are the plain ones.
 """
 
 from __future__ import annotations

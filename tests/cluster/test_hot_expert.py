@@ -28,6 +28,7 @@ NUM_TOKENS, K = 256, 2
 NUM_CALLERS = 3
 NUM_INPUTS = 4
 LIMIT_S = 60.0
+ROUNDING = 2.0**-8
 # Any queue counts, since so small an expert is never behind for long; one window less than the default, and much sooner cold.
 REPLICATION = ReplicationSpec(window_s=0.5, max_replicas=2, hot_queue_s=1e-4, hot_windows=2, cold_share=1.9, cold_windows=4)
 
@@ -110,8 +111,9 @@ class Traffic:
     def _note(self, reply: Reply, answer: torch.Tensor, hot_rows: Counter[int]) -> None:
         plan, outcomes = reply.report.plan, reply.report.outcomes
         assert plan is not None
-        if not torch.equal(reply.hidden_states, answer):
-            self.failures.append("an answer differs from the twin's")
+        # Not bit for bit: callers' rows are merged, which may round a row otherwise.
+        if (reply.hidden_states.float() - answer.float()).norm() > ROUNDING * answer.float().norm():
+            self.failures.append("an answer is far from the twin's")
         if not sum(outcomes.values()) == outcomes["exact"] == NUM_TOKENS * K:
             self.failures.append(f"choices do not add up to exact ones: {outcomes}")
         with self._lock:

@@ -124,12 +124,14 @@ def test_two_models_answer_two_threads_each_its_own(folders: dict[str, Path], ex
     assert experts.usage().tokens == 2 * (12 + 11) * (3 + 2) * 2
 
 
-def test_a_prefill_over_the_message_limit_is_split_and_equals_the_twin(folders: dict[str, Path], experts: ClusterExperts) -> None:
+def test_a_prefill_over_the_message_limit_is_split_and_gives_what_the_twin_gives(folders: dict[str, Path], experts: ClusterExperts) -> None:
     ids = torch.randint(2, VOCAB, (2, 450), generator=torch.Generator().manual_seed(3))
     remote, twin = _load(folders["mixtral"], REMOTE), _load(folders["mixtral"], REFERENCE)
     experts.start_usage()
     with torch.no_grad():
-        assert torch.equal(remote(ids).logits, twin(ids).logits)
+        found, expected = remote(ids).logits.float(), twin(ids).logits.float()
+    # Not bit for bit: each message brings an expert fewer rows than the twin gives it at once, and kernels may sum in another order for them.
+    assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) < 0.02
     per_message = int(MAX_MESSAGE_BYTES * 0.9) // (HIDDEN * 2 + TOP_K * 8)
     usage = experts.usage()
     assert usage.requests == 3 * -(-900 // per_message) > 3
