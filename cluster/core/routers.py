@@ -70,7 +70,10 @@ class _Step:
             if router is not None and running and (trouble := hung_router(router, self.spec, self.memory, self.now_s)):
                 stops.append(StopRouter(router_id, trouble))
             elif record is not None and running and record.control_address not in ("", self.launch.control_address):
-                stops.append(StopRouter(router_id, "the controller listens elsewhere now"))
+                if not self._is_ready(router_id) or (not stops and self._can_spare(router_id)):
+                    stops.append(StopRouter(router_id, "the controller listens elsewhere now"))
+                else:
+                    self.notes.append(f"{router_id} serves on its last table, and is replaced once the others are ready: the controller listens elsewhere now")
             elif record is not None and record.digest != self.digest and running:
                 differences.append(f"{router_id} runs with another config or code" + ("" if record.digest else ", or the same: it was taken over"))
                 if replace_differing and not stops and self._can_spare(router_id):
@@ -86,7 +89,10 @@ class _Step:
     def _can_spare(self, router_id: str) -> bool:
         """Whether all others that can run do so, so that callers have somewhere to go."""
         others = (name for name in router_ids(self.spec) if name != router_id)
-        return router_id == self.loner or all(name in self.seen and self.seen[name].state is ActorState.READY for name in others)
+        return router_id == self.loner or all(map(self._is_ready, others))
+
+    def _is_ready(self, router_id: str) -> bool:
+        return router_id in self.seen and self.seen[router_id].state is ActorState.READY
 
     def _start(self, router_id: str, router: RouterObservation | None) -> None:
         life, memory = router_life(router_id), self.memory

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.core.actor_config import router_ids
+from cluster.core.errors import FleetError
 from cluster.core.launch import router_config, router_digest
 from cluster.core.spec import ClusterSpec, RouterSpec
 from cluster.core.status import ActorState
@@ -98,6 +99,50 @@ async def test_routers_are_replaced_one_after_the_other(tmp_path: Path) -> None:
     assert min(fewest) == 1
     assert {config.code_digest for config, _, _ in rig.fleet.routers.values()} == {"code-2"}
     assert [line for line in rig.fleet.log if line.startswith("stop router")] == ["stop router-0", "stop router-1"]
+
+
+async def moved(rig: ControlRig, address: str) -> None:
+    """The controller ends; the next one listens elsewhere."""
+    rig.launch = replace(LAUNCH, control_address=address)
+    await rig.crash()
+
+
+async def test_when_the_controller_listens_elsewhere_routers_follow_one_after_the_other(tmp_path: Path) -> None:
+    rig = ControlRig(tmp_path, spec_of(3), launch=replace(LAUNCH, control_address="10.0.0.9:1"))
+    await rig.deploy()
+    await moved(rig, "10.0.0.9:2")
+    fewest = [3]
+    rig.after_step = lambda: fewest.append(len(ready(rig)))
+    await rig.until(lambda: {config.control_address for config, _, _ in rig.fleet.routers.values()} == {"10.0.0.9:2"} and len(ready(rig)) == 3)
+    assert min(fewest) == 2
+    log = [line.split()[:2] for line in rig.fleet.log if " router-" in line][3:]
+    assert log == [[verb, f"router-{number}"] for number in range(3) for verb in ("stop", "start")]
+
+
+async def test_routers_that_are_not_ready_wait_for_nobody_when_the_controller_listens_elsewhere(tmp_path: Path) -> None:
+    """None of them could ever become ready: their tables come from where nobody listens any more."""
+    rig = ControlRig(tmp_path, spec_of(2), launch=replace(LAUNCH, control_address="10.0.0.9:1"))
+    rig.fleet.start_s = 10.0
+    await rig.controller.apply(rig.spec)
+    await rig.until(lambda: len(rig.fleet.routers) == 2)
+    assert ready(rig) == set()
+    await moved(rig, "10.0.0.9:2")
+    await rig.until(lambda: rig.fleet.log.count("stop router-1") == 1)
+    assert ready(rig) == set()
+    await rig.until(lambda: rig.state == "SERVING")
+    assert {config.control_address for config, _, _ in rig.fleet.routers.values()} == {"10.0.0.9:2"}
+
+
+async def test_a_router_that_is_ready_stays_while_another_is_not_though_the_controller_listens_elsewhere(tmp_path: Path) -> None:
+    rig = ControlRig(tmp_path, spec_of(2), launch=replace(LAUNCH, control_address="10.0.0.9:1"))
+    await rig.deploy()
+    del rig.fleet.routers["router-1"]
+    rig.fleet.fail_next["start_router"] = FleetError("no")
+    await moved(rig, "10.0.0.9:2")
+    await rig.until(lambda: "router-0 serves on its last table" in rig.message)
+    assert "stop router-0" not in rig.fleet.log
+    await rig.until(lambda: rig.state == "SERVING" and rig.message == "")
+    assert [line for line in rig.fleet.log if line in ("start router-1 on head", "stop router-0")] == ["start router-1 on head"] * 2 + ["stop router-0"]
 
 
 async def test_routers_that_were_taken_over_count_as_sharing_when_the_spec_says_so(tmp_path: Path) -> None:
