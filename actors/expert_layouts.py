@@ -90,9 +90,14 @@ def load_weights(blob: StoredBlob, device: torch.device) -> ExpertWeights:
 @torch.no_grad()
 def expert_forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) -> Tensor:
     """One expert's output [T, D] for rows [T, D] of its own element type; `multiply` takes rows and a matrix, as `linear` does."""
-    if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and x_TD.dtype is not torch.float32:
+    return _forward(x_TD, weights, multiply)
+
+
+def _forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) -> Tensor:
+    """`expert_forward` for callers that have turned gradients off: a frame does so once, not for every expert."""
+    if x_TD.shape[0] == 1 and x_TD.dtype is not torch.float32 and x_TD.device.type == "cpu":
         # A single row takes another kernel, whose bits differ from those of the same row among others; two rows cost hardly more than one.
-        return expert_forward(x_TD.repeat(2, 1), weights, multiply)[:1]
+        return _forward(torch.cat((x_TD, x_TD)), weights, multiply)[:1]
     first = "gate_up" if weights.descriptor.gated else "up"
     hidden_TF = _activate(_linear(x_TD, weights, first, multiply), weights.descriptor)
     return _linear(hidden_TF, weights, "down", multiply)
@@ -107,12 +112,12 @@ def grouped_forward(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequen
     """
     check_segments(x_ND, weights, rows)
     if len(weights) == 1:
-        return expert_forward(x_ND, weights[0])
+        return _forward(x_ND, weights[0])
     parts = _split(x_ND, rows)
     outputs = list(parts)
     for members in _members(weights):
         if len(members) == 1:
-            outputs[members[0]] = expert_forward(parts[members[0]], weights[members[0]])
+            outputs[members[0]] = _forward(parts[members[0]], weights[members[0]])
             continue
         grouped = _slab_forward(torch.cat([parts[member] for member in members]), [weights[member] for member in members], [rows[member] for member in members])
         for member, output in zip(members, _split(grouped, [rows[member] for member in members]), strict=True):

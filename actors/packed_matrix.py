@@ -38,8 +38,14 @@ def pack(weight_OI: Tensor) -> Tensor | None:
 
 def multiply_packed(x_TI: Tensor, packed: Tensor) -> Tensor:
     """`linear` without bias by a packed matrix: [T, O]."""
-    product: Tensor = _operators()._linear_pointwise(x_TI, packed, None, "none", [], "")  # noqa: SLF001  (as above)
+    product: Tensor = _multiplier()(x_TI, packed, None, "none", [], "")
     return product
+
+
+@cache
+def _multiplier() -> Any:  # noqa: ANN401  (as below)
+    """The one overload: its packet would choose it anew for each product."""
+    return _operators()._linear_pointwise.default  # noqa: SLF001  (as above)
 
 
 @cache

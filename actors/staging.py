@@ -79,11 +79,10 @@ class CpuStaging:
         """A view of the body where rows lie together and are aligned for their dtype, else a copy."""
         ranges = group.ranges
         if len(ranges) == 1 and not body.readonly:
-            start, stop = ranges[0]
-            rows = torch.frombuffer(body, dtype=torch.uint8)[start:stop]
+            rows = _typed(body, ranges[0][0], group)
             if rows.data_ptr() % _ALIGNMENT_BYTES == 0:
-                return _typed(rows, group)
-        return _typed(torch.frombuffer(_gather(group, body), dtype=torch.uint8), group)
+                return rows
+        return _typed(_gather(group, body), 0, group)
 
     def unload(self, y_ND: torch.Tensor) -> memoryview:
         """The tensor's own memory."""
@@ -146,8 +145,9 @@ def _gather(group: Group, body: memoryview) -> memoryview:
     return memoryview(packed)
 
 
-def _typed(rows: torch.Tensor, group: Group) -> torch.Tensor:
-    return rows.view(TORCH_DTYPES[group.dtype]).view(group.num_rows, group.dim)
+def _typed(body: memoryview, start: int, group: Group) -> torch.Tensor:
+    num_rows = group.num_rows
+    return torch.frombuffer(body, dtype=TORCH_DTYPES[group.dtype], count=num_rows * group.dim, offset=start).view(num_rows, group.dim)
 
 
 def _bytes_of(y_ND: torch.Tensor) -> memoryview:

@@ -79,24 +79,27 @@ def _rows(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 def beyond_reach(x_ND: Tensor, y_ND: Tensor, reaches: Sequence[Reach | None], rows: Sequence[int]) -> list[int]:
     """Segments with a finite number that is beyond their expert's reach; segment g has `rows[g]` rows. Numbers that are not finite are the router's to judge.
 
-    One look at all rows and the strictest limit acquits nearly every frame; only if it does not, each segment is looked at by itself.
+    One look at all outputs acquits nearly every frame: no limit is below the floor. If it does not, one look at all rows and the strictest limit, and only
+    if that does not either, each segment is looked at by itself.
     """
     known = [reach for reach in reaches if reach is not None]
     if not known:
         return []
-    x_peak, y_peak = _peaks(x_ND, y_ND)
-    if y_peak <= min(reach.limit(x_peak) for reach in known):  # NaN fails this comparison
+    y_peak = _peak(y_ND)
+    if y_peak <= _FLOOR:  # NaN fails this comparison and the next one
+        return []
+    x_peak = _peak(x_ND)
+    if y_peak <= min([reach.limit(x_peak) for reach in known]):
         return []
     parts = zip(reaches, torch.split_with_sizes(x_ND, list(rows)), torch.split_with_sizes(y_ND, list(rows)), strict=True)
     return [number for number, (reach, x_TD, y_TD) in enumerate(parts) if reach is not None and _is_beyond(reach, x_TD, y_TD)]
 
 
-def _peaks(x_ND: Tensor, y_ND: Tensor) -> tuple[float, float]:
-    """The largest magnitude of each, read from the device together."""
-    x_least, x_most, y_least, y_most = torch.stack([*torch.aminmax(x_ND), *torch.aminmax(y_ND)]).tolist()
-    return max(-x_least, x_most), max(-y_least, y_most)
+def _peak(rows_ND: Tensor) -> float:
+    """The largest magnitude, in one read from the device."""
+    least, most = torch.stack(torch.aminmax(rows_ND)).tolist()
+    return float(max(-least, most))
 
 
 def _is_beyond(reach: Reach, x_TD: Tensor, y_TD: Tensor) -> bool:
-    x_peak, y_peak = _peaks(x_TD, y_TD.masked_fill(~y_TD.isfinite(), 0.0))
-    return y_peak > reach.limit(x_peak)
+    return _peak(y_TD.masked_fill(~y_TD.isfinite(), 0.0)) > reach.limit(_peak(x_TD))
