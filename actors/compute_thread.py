@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from actors.blob_files import StoredBlob
 from actors.core.frames import Buffers, Outcome, answer, copy_of, plan_frame
@@ -69,58 +70,59 @@ class ComputeThread:
         self._on_death = on_death
         self._tracing = tracing
         self._labels = labels
-        self._changed = threading.Condition()
-        self._waiting: deque[PendingFrame] = deque()
-        self._current: PendingFrame | None = None
+        self._lock = threading.Lock()
+        # Frames that wait; None ends the thread. Of the ways to wake a thread it is the cheapest: both of its sides are C.
+        self._waiting: SimpleQueue[PendingFrame | None] = SimpleQueue()
+        # Those and the one under way, the oldest first.
+        self._unanswered: deque[PendingFrame] = deque()
         self._frames_done = 0
         self._queued_rows = 0
-        self._is_ready = False
+        self._is_ready = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
 
     def start(self, timeout_s: float) -> None:
         """Start the thread and wait until it has prepared. Raises TimeoutError when it has not within the limit."""
         self._thread.start()
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_ready, timeout_s):
-                message = f"the compute thread was not prepared within {timeout_s} s"
-                raise TimeoutError(message)
+        if not self._is_ready.wait(timeout_s):
+            message = f"the compute thread was not prepared within {timeout_s} s"
+            raise TimeoutError(message)
 
     def offer(self, pending: PendingFrame) -> bool:
         """Queue a frame; False when the queue is full or the thread is stopping."""
-        with self._changed:
-            if self._is_stopping or len(self._waiting) >= self._max_queued_frames:
+        with self._lock:
+            if self._is_stopping or self._waiting.qsize() >= self._max_queued_frames:
                 return False
-            self._waiting.append(pending)
+            self._unanswered.append(pending)
             self._queued_rows += pending.num_rows
-            self._changed.notify_all()
+            self._waiting.put(pending)
             return True
 
     def cancel(self, frame: Forward, segment_ids: Sequence[int]) -> None:
         """Skip segments of a frame that waits; one that has begun is computed to its end."""
-        with self._changed:
-            for pending in self._waiting:
+        with self._lock:
+            for pending in self._unanswered:
                 if pending.frame is frame:
                     pending.cancelled.update(segment_ids)
 
     def condemn(self, copy: CopyId) -> None:
         """A copy turned out to be corrupt: frames that wait and the one under way send nothing of it."""
-        with self._changed:
-            for pending in (*self._waiting, *([self._current] if self._current is not None else [])):
+        with self._lock:
+            for pending in self._unanswered:
                 pending.condemned.add(copy)
 
     def progress(self) -> tuple[int, float, int]:
         """Frames done, age of the oldest unanswered frame in seconds (0 when idle), rows not answered yet."""
-        with self._changed:
-            oldest = self._current or (self._waiting[0] if self._waiting else None)
-            age_s = 0.0 if oldest is None else max(0.0, self._clock() - oldest.arrived_s)
+        with self._lock:
+            age_s = max(0.0, self._clock() - self._unanswered[0].arrived_s) if self._unanswered else 0.0
             return self._frames_done, age_s, self._queued_rows
 
     def stop(self, timeout_s: float) -> bool:
         """Take no more frames, answer what is queued, end. False when the thread is still busy at the limit."""
-        with self._changed:
-            self._is_stopping = True
-            self._changed.notify_all()
+        with self._lock:
+            if not self._is_stopping:
+                self._is_stopping = True
+                self._waiting.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -133,25 +135,14 @@ class ComputeThread:
 
     def _serve(self) -> None:
         self._prepare()
-        with self._changed:
-            self._is_ready = True
-            self._changed.notify_all()
-        while (pending := self._next()) is not None:
+        self._is_ready.set()
+        while (pending := self._waiting.get()) is not None:
             self._answer(pending)
-            with self._changed:
-                self._current = None
+            with self._lock:
+                self._unanswered.popleft()
                 self._frames_done += 1
                 self._queued_rows -= pending.num_rows
-                self._changed.notify_all()
             del pending  # its weights may be on their way out
-
-    def _next(self) -> PendingFrame | None:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._is_stopping)
-            if not self._waiting:
-                return None
-            self._current = self._waiting.popleft()
-            return self._current
 
     def _answer(self, pending: PendingFrame) -> None:
         frame = pending.frame
@@ -172,8 +163,10 @@ class ComputeThread:
     def _compute(self, pending: PendingFrame) -> tuple[Result, Buffers]:
         begun_s = self._clock()
         queue_s = max(0.0, begun_s - pending.arrived_s)
+        with self._lock:
+            cancelled = frozenset(pending.cancelled)
         descriptors = [_descriptor_of(pending, position) for position in range(len(pending.weights))]
-        plan = plan_frame(pending.frame, pending.holdings, descriptors, waited_s=queue_s, cancelled=frozenset(pending.cancelled))
+        plan = plan_frame(pending.frame, pending.holdings, descriptors, waited_s=queue_s, cancelled=cancelled)
         held = {position: weights for position, weights in enumerate(pending.weights) if weights is not None}
         outcomes = self._forward.run(plan, pending.body, held, pending.packed)
         if pending.condemned:
@@ -182,7 +175,7 @@ class ComputeThread:
         return answer(plan, outcomes, self._incarnation, queue_s=queue_s, compute_s=compute_s)
 
     def _without_condemned(self, pending: PendingFrame, outcomes: Outcomes) -> Outcomes:
-        with self._changed:
+        with self._lock:
             condemned = frozenset(pending.condemned)
         wrong = Outcome(SegmentStatus.WRONG_NUMBERS, message="the copy's resident weights turned out to be corrupt; use another copy")
         return {position: wrong if copy_of(pending.frame.segments[position]) in condemned else outcome for position, outcome in outcomes.items()}
