@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -55,12 +56,13 @@ class ComputeThread:
         incarnation: Incarnation,
         max_queued_frames: int,
         clock: Callable[[], float],
-        prepare: Callable[[], None],
+        prepare: Callable[[], AbstractContextManager[object]],
         on_computed: Callable[[PendingFrame], None],
         on_death: Callable[[BaseException], None],
         tracing: Tracing,
         labels: dict[str, str | int],
     ) -> None:
+        """`prepare` is called in the thread, first; all frames are computed inside of what it gives."""
         self._forward = forward
         self._incarnation = incarnation
         self._max_queued_frames = max_queued_frames
@@ -134,15 +136,15 @@ class ComputeThread:
             self._on_death(error)
 
     def _serve(self) -> None:
-        self._prepare()
-        self._is_ready.set()
-        while (pending := self._waiting.get()) is not None:
-            self._answer(pending)
-            with self._lock:
-                self._unanswered.popleft()
-                self._frames_done += 1
-                self._queued_rows -= pending.num_rows
-            del pending  # its weights may be on their way out
+        with self._prepare():
+            self._is_ready.set()
+            while (pending := self._waiting.get()) is not None:
+                self._answer(pending)
+                with self._lock:
+                    self._unanswered.popleft()
+                    self._frames_done += 1
+                    self._queued_rows -= pending.num_rows
+                del pending  # its weights may be on their way out
 
     def _answer(self, pending: PendingFrame) -> None:
         frame = pending.frame

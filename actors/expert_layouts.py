@@ -94,7 +94,7 @@ def expert_forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = li
 
 
 def _forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) -> Tensor:
-    """`expert_forward` for callers that have turned gradients off: a frame does so once, not for every expert."""
+    """`expert_forward` for callers that have gradients turned off."""
     if x_TD.shape[0] == 1 and x_TD.dtype is not torch.float32 and x_TD.device.type == "cpu":
         # A single row takes another kernel, whose bits differ from those of the same row among others; two rows cost hardly more than one.
         return _forward(torch.cat((x_TD, x_TD)), weights, multiply)[:1]
@@ -103,11 +103,11 @@ def _forward(x_TD: Tensor, weights: ExpertWeights, multiply: Multiply = linear) 
     return _linear(hidden_TF, weights, "down", multiply)
 
 
-@torch.no_grad()
 def grouped_forward(x_ND: Tensor, weights: Sequence[ExpertWeights], rows: Sequence[int]) -> Tensor:
     """The outputs [N, D] of G segments that lie one after the other in `x_ND`: segment g has `rows[g]` rows and expert `weights[g]`.
 
-    On the CPU each segment equals `expert_forward` bit for bit. Experts of one CUDA slab share a grouped matmul where shapes allow.
+    On the CPU each segment equals `expert_forward` bit for bit. Experts of one CUDA slab share a grouped matmul where shapes allow. Whoever calls this has
+    gradients turned off: a compute thread does so once, not for every frame.
     Raises ValueError when the segments are not exactly the rows.
     """
     check_segments(x_ND, weights, rows)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -46,7 +47,7 @@ from actors.link_server import Progress
 from actors.packed_forward import PackedForward
 from actors.redigest import Redigester, Resident, digests_of, resident_of
 from actors.shadow_workspace import Expanded, ShadowWorkspace
-from actors.staging import open_staging
+from actors.staging import forwarding, open_staging
 from actors.widened_forward import forward_of
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.ids import CopyId, Role
@@ -294,13 +295,14 @@ class ExpertRuntime:
         is_redigester_done = self._redigester.stop(max(0.0, deadline_s - self._clock()))
         return self._compute.stop(max(0.0, deadline_s - self._clock())) and is_loader_done and is_workspace_done and is_redigester_done
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> AbstractContextManager[object]:
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")  # images for GPUs may ask for TF32 by an environment variable; checksums would call it wrong
         if self._staging.device.type == "cpu":
             give_way(self._config.compute_niceness)
         with self._staging.scope():
             self_test(self._staging.device)
+        return forwarding(self._staging)
 
     def _load_checked(self, blob: StoredBlob, device: torch.device) -> ExpertWeights:
         """Weights with what is needed to check them later, taken while they are known to be right."""

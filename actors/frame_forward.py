@@ -42,7 +42,7 @@ def leave_process(error: BaseException) -> None:
 
 
 class FrameForward:
-    """The forward of one compute thread."""
+    """The forward of one compute thread, which is inside `Staging.scope` and inference mode all the time."""
 
     def __init__(
         self,
@@ -70,8 +70,7 @@ class FrameForward:
         return self._judged(outcomes, weights, audit) if audit.faults else outcomes
 
     def _run_all(self, plan: FramePlan, body: memoryview, weights: Mapping[int, ExpertWeights]) -> Outcomes:
-        with self._staging.scope(), torch.inference_mode():
-            return merge_outcomes(self._run(group, body, weights, may_split=True) for group in plan.groups)
+        return merge_outcomes([self._run(group, body, weights, may_split=True) for group in plan.groups])
 
     def _judged(self, outcomes: Outcomes, weights: Mapping[int, ExpertWeights], audit: Audit) -> Outcomes:
         """Rows whose checksums failed are not sent."""

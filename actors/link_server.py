@@ -11,9 +11,11 @@ import logging
 import secrets
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from actors.body_pool import BodyPool
+from actors.loop_inbox import LoopInbox
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MoeError, NotReady, Overloaded, ReplicaUnavailable
 from cluster.core.ids import Incarnation
 from cluster.core.link_frames import (
@@ -89,6 +91,7 @@ class LinkServer:
         self.is_draining = False
         self.num_faults = 0
         self._link_key = link_key
+        self._inbox: LoopInbox | None = None
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -115,6 +118,7 @@ class LinkServer:
         except OSError:
             listener.close()
             raise
+        self._inbox = LoopInbox()
         self._listener = listener
         self._accepting = loop.create_task(self._accept(listener), name="link-accept")
         self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
@@ -135,6 +139,8 @@ class LinkServer:
             link.stream.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self._inbox is not None:
+            self._inbox.close()
 
     async def _stop_listening(self) -> None:
         if self._accepting is not None:
@@ -145,6 +151,11 @@ class LinkServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Run this on the loop, from any thread; nothing when the server has stopped, for then nobody waits."""
+        if self._inbox is not None:
+            self._inbox.put(call)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -298,8 +309,7 @@ class _ServerLink:
 
     def _submit(self, frame: Forward, body: memoryview) -> None:
         def reply(result: Result, buffers: Buffers) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending and nobody waits
-                self._loop.call_soon_threadsafe(self._answer, frame, body, result, buffers)
+            self._server.call_soon(partial(self._answer, frame, body, result, buffers))
 
         try:
             self._server.submit(frame, body, reply)

@@ -19,7 +19,7 @@ from cluster.core.link_frames import SegmentStatus
 
 
 class PackedForward:
-    """A frame runner that takes packed shadows beside weights."""
+    """A frame runner that takes packed shadows beside weights, in the same thread."""
 
     def __init__(
         self,
@@ -45,8 +45,7 @@ class PackedForward:
 
     def _run_alone(self, part: FramePlan, body: memoryview, position: int, packed: StoredBlob) -> Outcomes:
         try:
-            with self._staging.scope(), torch.inference_mode():
-                weights = self._expand(packed, self._staging.device)
+            weights = self._expand(packed, self._staging.device)
         except Exception as error:  # noqa: BLE001  (whatever an expansion raises becomes the outcome of its segment)
             kind, cause = judged(error, self._staging)
             if kind is ErrorKind.STICKY:

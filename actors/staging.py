@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -63,6 +64,13 @@ def judged(error: Exception, staging: Staging) -> tuple[ErrorKind, Exception]:
     except Exception as later:  # noqa: BLE001  (whatever it is, it is what the device has to say)
         return error_kind(later), later
     return kind, error
+
+
+@contextlib.contextmanager
+def forwarding(staging: Staging) -> Iterator[None]:
+    """What a thread that computes frames is inside of from its start to its end, so that no frame has to enter it."""
+    with staging.scope(), torch.inference_mode():
+        yield
 
 
 class CpuStaging:
