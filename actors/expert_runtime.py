@@ -79,6 +79,7 @@ class ExpertRuntime:
     ) -> None:
         """`hinder` may put something between the compute thread and its forward: the fault port does, where chaos is allowed."""
         self._config = config
+        self._incarnation = config.incarnation
         self._staging = open_staging(device)
         forward = forward or forward_of(config.layout, device, deterministic=config.deterministic)
         self._clock = clock
@@ -94,7 +95,7 @@ class ExpertRuntime:
         runner = FrameForward(self._staging, forward, on_sticky, sampler=sampler, on_wrong=self._on_wrong)
         self._compute = ComputeThread(
             PackedForward(runner if hinder is None else hinder(runner), self._staging, load, on_sticky),
-            incarnation=config.incarnation,
+            incarnation=self._incarnation,
             max_queued_frames=max_queued_frames,
             clock=clock,
             prepare=self._prepare,
@@ -153,11 +154,11 @@ class ExpertRuntime:
 
         `body` must not change until the reply; nothing keeps it afterwards.
         """
-        incarnation = self._config.incarnation
+        incarnation = self._incarnation
         if frame.generation != incarnation.generation:
             reply(refuse_frame(frame, incarnation), ())
             return
-        num_rows = sum(segment.num_rows for segment in frame.segments)
+        num_rows = sum([segment.num_rows for segment in frame.segments])
         if num_rows > self._config.max_tokens_per_frame:
             message = f"a frame of {num_rows} rows is over the limit of {self._config.max_tokens_per_frame} (actors.max_tokens_per_frame)"
             reply(refuse_segments(frame, incarnation, SegmentStatus.OVERLOADED, message), ())
@@ -209,7 +210,7 @@ class ExpertRuntime:
         with self._lock:
             holdings = self._table.lease(copies)
             weights = [self._weights.get(copy) if holding is Holding.HELD else None for copy, holding in zip(copies, holdings, strict=True)]
-        leases = tuple(copy for copy, holding in zip(copies, holdings, strict=True) if holding is Holding.HELD)
+        leases = tuple([copy for copy, holding in zip(copies, holdings, strict=True) if holding is Holding.HELD])
         return PendingFrame(frame, body, reply, holdings, weights, leases, self._clock(), num_rows)
 
     def _on_expanded(self, pending: PendingFrame, expanded: Expanded) -> None:
@@ -232,7 +233,7 @@ class ExpertRuntime:
         self._workspace.give_back(taken)
         self._handle(SegmentsEnded(pending.leases))
         message = "the actor's frame queue is full; lower actors.frames_in_flight or add copies"
-        pending.reply(refuse_segments(pending.frame, self._config.incarnation, SegmentStatus.OVERLOADED, message), ())
+        pending.reply(refuse_segments(pending.frame, self._incarnation, SegmentStatus.OVERLOADED, message), ())
 
     def _end_leases(self, pending: PendingFrame) -> None:
         pending.weights = ()

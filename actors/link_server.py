@@ -293,7 +293,7 @@ class _ServerLink:
         if frame.frame_id in self._in_flight or len(self._in_flight) >= limits.frames_in_flight:
             message = f"frame {frame.frame_id} is one too many: {len(self._in_flight)} are in flight, the limit is {limits.frames_in_flight}"
             raise InvalidRequest(message, field="link.frames_in_flight")
-        num_tokens = sum(segment.num_rows for segment in frame.segments)
+        num_tokens = sum([segment.num_rows for segment in frame.segments])
         if num_tokens > limits.max_tokens_per_frame:
             message = f"a frame of {num_tokens} rows is over the limit of {limits.max_tokens_per_frame} (actors.max_tokens_per_frame)"
             raise InvalidRequest(message, field="link.max_tokens_per_frame")

@@ -184,6 +184,8 @@ class SlotTable:
     def handle(self, event: Event) -> tuple[Instruction, ...]:  # noqa: PLR0911  (one for each event)
         """The one mutator. Raises StaleTable for a command older than the newest seen, SlotsExhausted for an assume that does not fit."""
         match event:
+            case SegmentsEnded():  # first: it comes with every frame
+                return tuple(self._ended(event.copies))
             case AssumeReceived():
                 self._fence(event.epoch)
                 return tuple(self._assume(event.copies))
@@ -199,14 +201,12 @@ class SlotTable:
                 return self._failed(event)
             case CopyCorrupted():
                 return tuple(self._corrupted(event))
-            case SegmentsEnded():
-                return tuple(self._ended(event.copies))
             case _:
                 assert_never(event)
 
     def lease(self, copies: Sequence[CopyId]) -> tuple[Holding, ...]:
         """Ask for each copy; every HELD takes a lease, to be given back with SegmentsEnded."""
-        return tuple(self._lease(copy) for copy in copies)
+        return tuple([self._lease(copy) for copy in copies])
 
     def _lease(self, copy: CopyId) -> Holding:
         slot = self._slots.get(copy)
