@@ -22,13 +22,16 @@ class BodyPool:
 
     def take(self, num_bytes: int) -> memoryview:
         """A writable buffer of exactly `num_bytes`; its content is undefined."""
+        rounded = -(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES
+        for index, buffer in enumerate(self._free):
+            if buffer.nbytes == rounded:  # none fits better, and small bodies all have this size
+                return self._free.pop(index).data[:num_bytes]
         fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= num_bytes]
         if fitting:
             best = min(fitting, key=lambda index: self._free[index].nbytes)
             return self._free.pop(best).data[:num_bytes]
         if self._free and num_bytes <= self._max_kept_bytes and len(self._free) >= self._num_kept:
             self._free.pop(min(range(len(self._free)), key=lambda index: self._free[index].nbytes))
-        rounded = -(-num_bytes // _ROUND_BYTES) * _ROUND_BYTES
         return np.empty(rounded, np.uint8).data[:num_bytes]
 
     def release(self, body: memoryview) -> None:

@@ -103,9 +103,10 @@ def plan_frame(
     for position, (segment, holding, descriptor) in enumerate(zip(frame.segments, holdings, descriptors, strict=True)):
         expired[position] = dropped = _dropped(segment, waited_s, is_cancelled=segment.segment_id in cancelled)
         refusal = _refusal(segment, holding, descriptor)
-        num_bytes = segment.num_bytes
-        piece = _piece(segment, position, offset, dropped) if dropped else Piece(position, ((offset, offset + num_bytes),), segment.num_rows)
-        offset += num_bytes
+        num_rows = segment.num_rows
+        stop = offset + num_rows * segment.dim * segment.dtype.itemsize
+        piece = _piece(segment, position, offset, dropped) if dropped else Piece(position, ((offset, stop),), num_rows)
+        offset = stop
         if refusal is not None:
             answered[position] = refusal
         elif piece.num_rows == 0:
