@@ -73,7 +73,7 @@ class ComputeThread:
         self._tracing = tracing
         self._labels = labels
         self._lock = threading.Lock()
-        # Frames that wait; None ends the thread. Of the ways to wake a thread it is the cheapest: both of its sides are C.
+        # Frames that wait; None ends the thread. Both sides of such a queue are C.
         self._waiting: SimpleQueue[PendingFrame | None] = SimpleQueue()
         # Those and the one under way, the oldest first.
         self._unanswered: deque[PendingFrame] = deque()

@@ -1,7 +1,7 @@
 """What other threads hand to the event loop's thread.
 
-As `call_soon_threadsafe`, with about two thirds of its processor time: one write and one read of a pipe, where asyncio writes to a socket for every call
-and reads it until there is nothing left, and no context of its own for each call.
+As `call_soon_threadsafe`, with less work on both sides: one write to a pipe and one read, where asyncio writes to a socket for every call, reads it until
+there is nothing left, and makes a handle with a context for each call.
 """
 
 from __future__ import annotations

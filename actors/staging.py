@@ -159,4 +159,4 @@ def _typed(body: memoryview, start: int, group: Group) -> torch.Tensor:
 
 
 def _bytes_of(y_ND: torch.Tensor) -> memoryview:
-    return y_ND.detach().contiguous().view(torch.uint8).numpy().reshape(-1).data
+    return y_ND.contiguous().view(torch.uint8).numpy().reshape(-1).data

@@ -55,6 +55,16 @@ def test_one_frame_is_one_grouped_forward_over_all_its_segments(bench: Bench) ->
     assert bench.forward.calls == [[2, 3, 4]]
 
 
+def test_frames_are_computed_in_inference_mode_whichever_comes_first_or_later(bench: Bench) -> None:
+    bench.hold_copies(A)
+    modes: list[bool] = []
+    bench.forward.trap = lambda _weights, _rows: modes.append(torch.is_inference_mode_enabled())
+    for number in (1, 2, 3):
+        bench.submit(ask(A), frame_id=number)
+        bench.replies.next()
+    assert modes == [True] * 3
+
+
 def test_a_copy_answers_only_once_it_is_ready_and_another_version_never(bench: Bench) -> None:
     bench.blobs.gate.clear()
     bench.runtime.assume(bench.blobs.sized(A), 1)

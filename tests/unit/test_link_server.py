@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -189,6 +190,24 @@ async def test_stop_does_not_wait_longer_than_it_may() -> None:
         assert isinstance(await peer.read(), Goodbye)
         assert await peer.read_to_the_end() == b""
         assert actor.server.num_links == 0
+        await peer.close()
+
+
+async def test_a_reply_that_comes_after_the_end_is_dropped_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    async with running_actor() as actor:
+        actor.compute.gate.clear()
+        peer = await RawPeer.connect(actor.endpoint)
+        await peer.prove(actor.endpoint)
+        peer.send(forward_of(1), bytes(8))
+        await until(lambda: len(actor.compute.frames) == 1)
+        await actor.server.stop("now", 0.05)
+        actor.compute.gate.set()
+        await asyncio.to_thread(actor.compute.close)
+        assert raised == []
+        assert isinstance(await peer.read(), Goodbye)
+        assert await peer.read_to_the_end() == b""
         await peer.close()
 
 

@@ -111,6 +111,18 @@ def test_only_the_segment_with_the_fault_is_named_whatever_its_neighbours_are_li
     assert beyond_reach(x_ND, y_ND, reaches, rows) == [0, 1]
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e6])
+def test_a_frame_of_one_segment_is_accused_exactly_above_its_limit(scale: float) -> None:
+    bound = reach(expert(SHAPES[1]))  # without bias: what it can give vanishes with its rows, and only the floor is left
+    x_TD = torch.full((3, DIM), scale)
+    limit = bound.limit(scale)
+    assert (limit == 1.0) == (scale < 0.1)
+    for y, accused in ((0.5, []), (1.0, []), (0.99 * limit, []), (limit, []), (1.01 * limit, [0]), (1e3 * limit, [0])):
+        y_TD = torch.zeros(3, DIM, dtype=torch.float64)
+        y_TD[1, 5] = -y
+        assert beyond_reach(x_TD.double(), y_TD, [bound], [3]) == accused
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_or_weights_that_are_not_finite_prove_nothing(value: float) -> None:
     weights = expert(SHAPES[0])
