@@ -19,6 +19,7 @@ from actors.expert_store import ExpertStore
 from actors.link_server import LinkServer
 from actors.quiet_import import import_quietly
 from actors.sentinel import Sentinel
+from actors.tether import hold
 from cluster.core.actor_config import ExpertActorConfig
 from cluster.core.errors import CheckpointError, MoeError, NotReady
 from cluster.core.ids import CopyId, ExpertId, Role
@@ -97,6 +98,7 @@ class ExpertActor:
             hint=lambda hint: (runtime.warm if isinstance(hint, Warm) else runtime.cool)(hinted_copy(hint)),
             fault=None if faults is None else faults.answer,
             guard=None if sentinel is None else sentinel.guard,
+            hold=hold if config.sentinel else None,
         )
         try:
             listening_host, port = await links.start(host)

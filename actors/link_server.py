@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from actors.body_pool import BodyPool
 from actors.loop_inbox import LoopInbox
+from actors.tether import HeldTether, Hold
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MoeError, NotReady, Overloaded, ReplicaUnavailable
 from cluster.core.ids import Incarnation
 from cluster.core.link_frames import (
@@ -35,6 +36,7 @@ from cluster.core.link_frames import (
     Result,
     SegmentResult,
     SegmentStatus,
+    Tether,
     Warm,
 )
 from cluster.core.link_handshake import ActorSide, error_of, refusal_of
@@ -65,6 +67,7 @@ class LinkServer:
     `body` and `buffers` (which may alias it) belong to the link again after that call. `cancel(frame, segment_ids)` says that nobody waits any more;
     the frame still needs its reply. When `submit` raises, every segment is answered with OVERLOADED or FAULTED. `hint(frame)` must not block;
     `fault(frame)` may: it runs in a thread of its own. Without it every fault frame is refused. `guard(socket)` is shown every link's socket.
+    Without `hold`, or when it returns None, links have no tethers.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class LinkServer:
         hint: Callable[[Warm | Cool], None] | None = None,
         fault: Callable[[Fault], FaultReply] | None = None,
         guard: Callable[[socket.socket], None] | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self.incarnation = incarnation
         self.limits = limits
@@ -88,6 +92,7 @@ class LinkServer:
         self.hint = hint
         self.fault = fault
         self.guard = guard
+        self.hold = hold
         self.is_draining = False
         self.num_faults = 0
         self._link_key = link_key
@@ -103,6 +108,11 @@ class LinkServer:
     def num_links(self) -> int:
         """Links of routers that have proven themselves."""
         return sum(link.is_proven for link in self._links)
+
+    @property
+    def num_tethers(self) -> int:
+        """Links whose tether is held."""
+        return sum(link.tether is not None and link.tether.is_held for link in self._links)
 
     async def start(self, host: str, port: int = 0) -> tuple[str, int]:
         """Listen on an address of this node; port 0 picks a free one. Returns the address. Raises OSError when it is taken."""
@@ -177,10 +187,12 @@ class LinkServer:
             sock.close()
             self.note_fault(peer, Overloaded(f"{num_unproven} handshakes are under way already"))
             return
-        side = ActorSide(self.incarnation, self._link_key, secrets.token_bytes(NONCE_BYTES), self.limits)
+        side = ActorSide(self.incarnation, self._link_key, secrets.token_bytes(NONCE_BYTES), self.limits, has_tethers=self.hold is not None)
         self._links.add(_ServerLink(self, sock, peer, side))
-        if self.guard is not None:
-            self.guard(sock)
+
+    def link_of(self, nonce: bytes) -> _ServerLink | None:
+        """The link that was proven with a nonce."""
+        return next((link for link in self._links if link.is_proven and link.nonce == nonce), None)
 
     def forget(self, link: _ServerLink) -> None:
         """A link is closed."""
@@ -208,7 +220,10 @@ class _ServerLink:
     def __init__(self, server: LinkServer, sock: socket.socket, peer: str, side: ActorSide) -> None:
         limits = server.limits
         self.is_proven = False
+        self.nonce = b""
+        self.tether: HeldTether | None = None
         self._server = server
+        self._sock = sock
         self._peer = peer
         self._side = side
         self._loop = asyncio.get_running_loop()
@@ -255,8 +270,7 @@ class _ServerLink:
             case Cancel():
                 self._on_cancel(frame)
             case Warm() | Cool():
-                if self._server.hint is not None:
-                    self._server.hint(frame)
+                self._on_hint(frame)
             case Fault():
                 self._on_fault(frame)
             case Goodbye():
@@ -264,6 +278,8 @@ class _ServerLink:
                 self._leave_when_idle()
             case Proof():
                 self._on_proof(frame)
+            case Tether():
+                self._on_tether(frame)
             case Refusal():
                 raise error_of(frame)
             case _:
@@ -284,9 +300,20 @@ class _ServerLink:
             self.stream.send(refusal_of(error))
             self.stream.finish()
             return
-        self.is_proven = True
+        self.is_proven, self.nonce = True, proof.nonce
+        if self._server.guard is not None:
+            self._server.guard(self._sock)
         self.stream.open_gate()
         self.stream.send(welcome)
+
+    def _on_tether(self, tether: Tether) -> None:
+        """This connection is no link but the tether of one: it is handed to whoever holds it, once for each link."""
+        link, hold = self._server.link_of(tether.nonce), self._server.hold
+        welcome = self._side.welcome_tether(tether)
+        if hold is None or link is None or link.tether is not None:
+            self.stream.close()
+        else:
+            link.tether = HeldTether(hold, self.stream.detach(), welcome)
 
     def _on_forward(self, frame: Forward, body: memoryview) -> None:
         limits = self._server.limits
@@ -343,6 +370,10 @@ class _ServerLink:
         if frame is not None and self._server.cancel is not None:
             self._server.cancel(frame, cancel.segment_ids)
 
+    def _on_hint(self, hint: Warm | Cool) -> None:
+        if self._server.hint is not None:
+            self._server.hint(hint)
+
     def _on_fault(self, frame: Fault) -> None:
         play = self._server.fault
         if play is None:
@@ -369,4 +400,6 @@ class _ServerLink:
         if error is not None and not isinstance(error, ReplicaUnavailable):
             self._server.note_fault(self._peer, error)
         self._unanswered.clear()
+        if self.tether is not None:
+            self.tether.end()
         self._server.forget(self)

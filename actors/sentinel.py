@@ -2,7 +2,8 @@
 
 The kernel frees a killed process's memory before it closes its sockets: tens of milliseconds for every 200 MB of its own, more while the cores are busy
 (`python -m examples.failover.floor` measures it), and a device's context comes on top. A robust mutex is handed over before any of that. A sentinel that
-is missing, or killed itself, costs nothing but that time; one that is stopped while its actor dies leaves it to the router's own watch.
+is missing, or killed itself, costs nothing but that time; one that is stopped while its actor dies leaves it to the router's own watch, and one that is
+killed with its actor, as on a lost node, to the tethers of the links (`actors.tether`).
 """
 
 from __future__ import annotations

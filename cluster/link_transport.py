@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -136,15 +137,32 @@ class FrameStream:
         """Close now. Safe to call again; only the first reason counts."""
         if self.is_closed:
             return
+        self._end()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._loop.call_soon(self._on_closed, error)
+
+    def detach(self) -> socket.socket:
+        """Stop, and give the socket to the caller, open; bytes that were read and not handed over are dropped. `on_closed` is told as of a `close()`."""
+        self._end()
+        self._loop.call_soon(self._on_closed, None)
+        return self._sock
+
+    def has_unread(self) -> bool:
+        """Whether something has come, if only the end, that this process has not got round to reading."""
+        if self.is_closed:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _end(self) -> None:
         self.is_closed = True
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._parts.clear()
         self._sent_marks.clear()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
-        self._loop.call_soon(self._on_closed, error)
 
     def _readable(self) -> None:
         """One receive per turn, so that a large body does not starve the loop."""

@@ -12,11 +12,12 @@ from typing import Self
 
 from cluster.core.errors import InvalidRequest, MoeError, ReplicaUnavailable
 from cluster.core.link_frames import NONCE_BYTES, Cancel, Challenge, Cool, Forward, Frame, Goodbye, Ping, Pong, Refusal, Result, Warm, Welcome
-from cluster.core.link_handshake import COOL_PROTOCOL, RouterSide, error_of, refusal_of
+from cluster.core.link_handshake import COOL_PROTOCOL, TETHER_PROTOCOL, RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.link_values import printable
 from cluster.core.routing_table import ActorEndpoint
 from cluster.link_transport import Buffers, FrameStream
+from router_service.link_tether import LinkTether
 
 
 class LinkPhase(StrEnum):
@@ -63,6 +64,8 @@ class LinkClient:
         self._num_silent_beats = 0
         self._last_beat_s = 0.0
         self._beat: asyncio.TimerHandle | None = None
+        self._tether: LinkTether | None = None
+        self._doubt: asyncio.TimerHandle | None = None
 
     @classmethod
     async def connect(
@@ -129,14 +132,14 @@ class LinkClient:
     def leave(self, reason: str) -> None:
         """Say Goodbye and close once everything is sent."""
         if self._stream is not None and self.phase is not LinkPhase.CLOSED:
-            self._end_beat()
+            self._end_watch()
             self.phase = LinkPhase.CLOSED
             self._stream.send(Goodbye(reason))
             self._stream.finish()
 
     def close(self, error: MoeError | None = None) -> None:
         """Close now; with an error `on_lost` is told."""
-        self._end_beat()
+        self._end_watch()
         if self._stream is None:
             self.phase = LinkPhase.CLOSED
         else:
@@ -220,6 +223,20 @@ class LinkClient:
         if not self._opened.done():
             self._opened.set_result(frame)
         self._heartbeat()
+        if self._side.protocol >= TETHER_PROTOCOL:
+            self._tether = LinkTether(self._dial, self._side, timeout_s=self._limits.connect_timeout_s, on_ended=self._on_tether_ended)
+
+    def _on_tether_ended(self) -> None:
+        """Its process has ended, or something between the two cut an idle connection: an answer tells which. There is no other one before the next link."""
+        self._tether = None
+        if self._stream is not None and not self._stream.is_closed:
+            self.probe()
+            self._doubt = self._loop.call_later(self._limits.tether_grace_s, self._judge, self._stream, self._stream.bytes_received)
+
+    def _judge(self, stream: FrameStream, num_bytes_before: int) -> None:
+        """What came while this process itself was held up is still unread, and speaks for the actor."""
+        if stream.bytes_received == num_bytes_before and not stream.has_unread():
+            stream.close(ReplicaUnavailable(f"{self.endpoint.incarnation} said nothing for {self._limits.tether_grace_s} s after its tether had ended"))
 
     def _heartbeat(self) -> None:
         """Ask for progress; a silent actor loses its link, since a frozen process never resets one.
@@ -239,13 +256,17 @@ class LinkClient:
         self._stream.send(Ping(self._num_pings))
         self._beat = self._loop.call_later(self._limits.heartbeat_s, self._heartbeat)
 
-    def _end_beat(self) -> None:
-        if self._beat is not None:
-            self._beat.cancel()
-            self._beat = None
+    def _end_watch(self) -> None:
+        for timer in (self._beat, self._doubt):
+            if timer is not None:
+                timer.cancel()
+        self._beat = self._doubt = None
+        if self._tether is not None:
+            self._tether.close()
+            self._tether = None
 
     def _on_closed(self, error: MoeError | None) -> None:
-        self._end_beat()
+        self._end_watch()
         was_open = self.phase in (LinkPhase.READY, LinkPhase.DRAINING)
         self.phase = LinkPhase.CLOSED
         if not self._opened.done():

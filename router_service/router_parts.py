@@ -206,6 +206,7 @@ def _lanes(config: RouterConfig, secrets: RouterSecrets, watch: ActorHealth) -> 
         min_overlapping_tokens=actors.min_overlapping_tokens,
         connect_timeout_s=link.connect_timeout_s,
         heartbeat_s=link.heartbeat_s,
+        tether_grace_s=link.tether_grace_s,
     )
     return Lanes(
         router_id=config.router_id,

@@ -39,6 +39,7 @@ from cluster.core.link_frames import (
     Segment,
     SegmentResult,
     SegmentStatus,
+    Tether,
     Warm,
     Welcome,
 )
@@ -52,9 +53,9 @@ MAX_HANDSHAKE_BYTES = 4096
 MAX_ITEMS = 4096
 
 _KINDS: dict[int, type[Frame]] = {
-    kind.KIND: kind for kind in (Challenge, Proof, Welcome, Refusal, Forward, Result, Ping, Pong, Cancel, Goodbye, Warm, Cool, Fault, FaultReply)
+    kind.KIND: kind for kind in (Challenge, Proof, Welcome, Refusal, Tether, Forward, Result, Ping, Pong, Cancel, Goodbye, Warm, Cool, Fault, FaultReply)
 }
-_HANDSHAKE_KINDS = frozenset({Challenge.KIND, Proof.KIND, Welcome.KIND, Refusal.KIND})
+_HANDSHAKE_KINDS = frozenset({Challenge.KIND, Proof.KIND, Welcome.KIND, Refusal.KIND, Tether.KIND})
 # Looked up by value: an enum's own call is Python, and takes longer than all other checks of a segment.
 _DTYPES: dict[str, DType] = {member.value: member for member in DType}
 _ROLES: dict[int, Role] = {member.value: member for member in Role}

@@ -2,6 +2,7 @@
 
 Handshake (challenge-response, mutual; its frames keep their layout in every protocol):
     actor -> router  Challenge     router -> actor  Proof     actor -> router  Welcome     either side, instead: Refusal
+A link's tether, a connection of its own: Challenge, Tether, Welcome, then nothing until one of the two ends.
 """
 
 from __future__ import annotations
@@ -79,6 +80,20 @@ class Refusal:
     KIND: ClassVar[int] = 4
     reason: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tether:
+    """Router to actor, instead of a Proof: keep this connection open for as long as your process lives. `nonce` is that of the Proof of its link.
+
+    Only for actors of TETHER_PROTOCOL.
+    """
+
+    KIND: ClassVar[int] = 5
+    protocol: int
+    router_id: str
+    nonce: bytes
+    mac: bytes
 
 
 class Run(NamedTuple):
@@ -254,7 +269,7 @@ class FaultReply:
     message: str
 
 
-Frame = Challenge | Proof | Welcome | Refusal | Forward | Result | Ping | Pong | Cancel | Goodbye | Warm | Cool | Fault | FaultReply
+Frame = Challenge | Proof | Welcome | Refusal | Tether | Forward | Result | Ping | Pong | Cancel | Goodbye | Warm | Cool | Fault | FaultReply
 
 
 def derive_link_key(secret: bytes, incarnation: Incarnation) -> bytes:

@@ -12,6 +12,8 @@ class LinkLimits:
     """Both ends' limits. The first three are the actor's and reach the router in the Welcome; the rest each end keeps for itself.
 
     `min_overlapping_tokens`: a router sends a frame beside another one only with so many rows; fewer wait and merge.
+    An actor whose tether has ended is asked for its progress and heard within `tether_grace_s`, or its process has ended, too: something between the two
+    may have cut a connection on which nothing is ever said.
     A link that heard nothing for `silence_timeout_s`, or whose peer took nothing for `stall_timeout_s`, is closed.
     """
 
@@ -23,6 +25,7 @@ class LinkLimits:
     max_handshakes: int = 64
     connect_timeout_s: float = 5.0
     heartbeat_s: float = 0.5
+    tether_grace_s: float = 0.01
     silence_timeout_s: float = 5.0
     idle_timeout_s: float = 30.0
     stall_timeout_s: float = 10.0

@@ -94,7 +94,8 @@ class ActorsSpec(_Section):
     start_parallelism: PositiveInt = Field(2, description="actor processes started at a time")
     sentinel: bool = Field(
         default=True,
-        description="a small process beside each actor ends its links the moment it is killed; the kernel does so only when its memory is freed (Linux)",
+        description="a small process beside each actor ends its links the moment it is killed, and a thread of its own their tethers when both are;"
+        " the kernel does so only when its memory is freed (Linux)",
     )
     start_timeout_s: PositiveFloat = 120.0
     drain_timeout_s: PositiveFloat = 10.0
@@ -107,6 +108,9 @@ class LinkSpec(_Section):
     max_frame_bytes: PositiveInt = 256 * MIB
     connect_timeout_s: PositiveFloat = 5.0
     heartbeat_s: PositiveFloat = 0.5
+    tether_grace_s: PositiveFloat = Field(
+        0.01, description="an actor whose tether has ended is asked at once, and given up when it says nothing for so long: its process has ended"
+    )
 
 
 class LivenessSpec(_Section):

@@ -1,7 +1,8 @@
 """`python -m examples.failover.floor`: how long after a SIGKILL a peer can know of it at best, on this machine; writes `docs/failover/floor.md`.
 
-A process of so many MB of its own memory and so many threads is killed; two of its sockets end here. One is ended by the kernel, once the memory is
-freed; the other by the process's sentinel. A pidfd, which a parent or a node's agent could hold, is watched beside them.
+A process of so many MB of its own memory and so many threads is killed; three of its sockets end here. One is ended by the kernel, once the memory is
+freed; one by the process's sentinel; one with the thread that alone holds it, as a link's tether is held. A pidfd, which a parent or a node's agent could
+hold, is watched beside them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ PRIVATE_MB: Final = (10, 200, 500, 1000)
 THREADS: Final = (1, 40)
 LIMIT_S: Final = 60.0
 SETTLE_S: Final = 0.5
-WAYS: Final = ("sentinel", "kernel", "pidfd")
+WAYS: Final = ("sentinel", "tether", "kernel", "pidfd")
+NAMES: Final = {b"g": "sentinel", b"t": "tether", b"k": "kernel"}
 VICTIM: Final = """
 import mmap, socket, sys, threading
 from actors.sentinel import Sentinel
+from actors.tether import hold
 port, num_bytes, num_threads = int(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3])
 memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for place in range(0, num_bytes, mmap.PAGESIZE):
@@ -39,10 +42,12 @@ for place in range(0, num_bytes, mmap.PAGESIZE):
 for _ in range(num_threads - 1):
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 sentinel = Sentinel.start()
-links = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+links = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
 sentinel.guard(links[0])
-for link, name in zip(links, b"gk"):
+for link, name in zip(links, b"gkt"):
     link.sendall(bytes([name]))
+assert hold(links[2])
+links.pop().close()
 threading.Event().wait()
 """
 
@@ -62,10 +67,10 @@ def measure(private_mb: int, num_threads: int) -> dict[str, float]:
         listener.settimeout(LIMIT_S)
         command = [sys.executable, "-c", VICTIM, str(listener.getsockname()[1]), str(private_mb), str(num_threads)]
         with subprocess.Popen(command, cwd=PROJECT_ROOT) as victim, selectors.DefaultSelector() as selector:  # noqa: S603  (our own words)
-            links = [listener.accept()[0] for _ in range(2)]
+            links = [listener.accept()[0] for _ in NAMES]
             for link in links:
                 link.settimeout(LIMIT_S)
-                selector.register(link, selectors.EVENT_READ, "sentinel" if link.recv(1) == b"g" else "kernel")
+                selector.register(link, selectors.EVENT_READ, NAMES[link.recv(1)])
             pidfd = os.pidfd_open(victim.pid)
             selector.register(pidfd, selectors.EVENT_READ, "pidfd")
             time.sleep(SETTLE_S)  # until its threads are at rest and its sentinel has the link
@@ -100,7 +105,8 @@ def page(rows: Sequence[Row], repetitions: int, load: float) -> str:
         f"{platform.machine()}) with a load average of {load:.1f} before. Made by `python -m examples.failover.floor`.",
         "",
         "`kernel`: the process's own socket ends, which is once its memory is freed. `pidfd`: the process can be waited for, which comes later still.",
-        "`sentinel`: a socket that the sentinel of an expert actor guards ends. `busy` processes burn a core each meanwhile.",
+        "`sentinel`: a socket that the sentinel of an expert actor guards ends. `tether`: one that a thread of the process holds in a table of its own ends,",
+        "whoever else is killed. `busy` processes burn a core each meanwhile.",
         "",
         "| busy | private MB | threads | " + " | ".join(WAYS) + " |",
         "|" + "---|" * (3 + len(WAYS)),

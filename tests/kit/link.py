@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from actors.link_server import LinkServer, Progress, Reply
+from actors.tether import Hold
 from cluster.core.descriptors import DType
 from cluster.core.ids import ExpertId, Incarnation, Role
 from cluster.core.link_codec import PREFIX, decode, decode_prefix, encode
@@ -94,11 +95,10 @@ class FakeCompute:
 class FakeActor:
     """A LinkServer with a FakeCompute behind it."""
 
-    def __init__(self, incarnation: Incarnation, limits: LinkLimits, secret: bytes = SECRET) -> None:
+    def __init__(self, incarnation: Incarnation, limits: LinkLimits, secret: bytes = SECRET, hold: Hold | None = None) -> None:
         self.compute = FakeCompute()
-        self.server = LinkServer(
-            incarnation, derive_link_key(secret, incarnation), limits, self.compute.submit, self.compute.progress, cancel=self.compute.cancel
-        )
+        key = derive_link_key(secret, incarnation)
+        self.server = LinkServer(incarnation, key, limits, self.compute.submit, self.compute.progress, cancel=self.compute.cancel, hold=hold)
         self.host, self.port = "", 0
 
     @property
@@ -108,9 +108,15 @@ class FakeActor:
 
 @asynccontextmanager
 async def running_actor(
-    actor_id: str = "actor-0", *, generation: int = 1, limits: LinkLimits | None = None, host: str = "127.0.0.1", secret: bytes = SECRET
+    actor_id: str = "actor-0",
+    *,
+    generation: int = 1,
+    limits: LinkLimits | None = None,
+    host: str = "127.0.0.1",
+    secret: bytes = SECRET,
+    hold: Hold | None = None,
 ) -> AsyncIterator[FakeActor]:
-    actor = FakeActor(Incarnation(actor_id, generation), limits or LinkLimits(), secret)
+    actor = FakeActor(Incarnation(actor_id, generation), limits or LinkLimits(), secret, hold)
     actor.host, actor.port = await actor.server.start(host)
     try:
         yield actor

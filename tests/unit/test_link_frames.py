@@ -30,6 +30,7 @@ from cluster.core.link_frames import (
     Segment,
     SegmentResult,
     SegmentStatus,
+    Tether,
     Warm,
     Welcome,
     derive_link_key,
@@ -66,6 +67,7 @@ def frames() -> st.SearchStrategy[Frame]:
         st.builds(Proof, COUNTS, TEXT, st.binary(max_size=40), st.binary(max_size=40)),
         st.builds(Welcome, st.binary(max_size=40), COUNTS, COUNTS, COUNTS),
         st.builds(Refusal, TEXT, TEXT),
+        st.builds(Tether, COUNTS, TEXT, st.binary(max_size=40), st.binary(max_size=40)),
         forwards,
         results,
         st.builds(Ping, COUNTS),
@@ -83,7 +85,7 @@ def read(data: bytes, *, handshake: bool) -> Frame:
 
 
 def is_handshake(frame: Frame) -> bool:
-    return isinstance(frame, Challenge | Proof | Welcome | Refusal)
+    return isinstance(frame, Challenge | Proof | Welcome | Refusal | Tether)
 
 
 @given(frames())
@@ -110,7 +112,7 @@ def test_mutated_bytes_end_in_a_typed_error_or_a_frame(frame: Frame, rng: random
 
 
 @settings(max_examples=600)
-@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23, 24, 25]), st.binary(max_size=400), st.integers(0, 2**40))
+@given(st.sampled_from([1, 2, 3, 4, 5, 10, 11, 20, 21, 22, 23, 24, 25]), st.binary(max_size=400), st.integers(0, 2**40))
 def test_random_headers_end_in_a_typed_error_or_a_frame(kind: int, header: bytes, body_bytes: int) -> None:
     try:
         decode(Prefix(kind, len(header), body_bytes), header)
@@ -126,7 +128,7 @@ nested = st.recursive(
 
 
 @settings(max_examples=600)
-@given(st.sampled_from([1, 2, 3, 4, 10, 11, 20, 21, 22, 23, 24, 25]), nested, st.integers(0, 1000))
+@given(st.sampled_from([1, 2, 3, 4, 5, 10, 11, 20, 21, 22, 23, 24, 25]), nested, st.integers(0, 1000))
 def test_wellformed_msgpack_of_any_shape_ends_in_a_typed_error_or_a_frame(kind: int, values: Any, body_bytes: int) -> None:
     header = msgpack.packb(values, use_bin_type=True)
     try:

@@ -8,8 +8,8 @@ import pytest
 from cluster.core.errors import MoeError, Overloaded, ProtocolMismatch, ReplicaRejected, ReplicaUnavailable, Unauthenticated
 from cluster.core.ids import Incarnation
 from cluster.core.link_codec import MAX_HANDSHAKE_BYTES, encode
-from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, derive_link_key
-from cluster.core.link_handshake import COOL_PROTOCOL, MAX_PROTOCOL, ActorSide, RouterSide, error_of, refusal_of
+from cluster.core.link_frames import NONCE_BYTES, Challenge, Proof, Refusal, Tether, derive_link_key
+from cluster.core.link_handshake import COOL_PROTOCOL, MAX_PROTOCOL, TETHER_PROTOCOL, ActorSide, RouterSide, error_of, refusal_of
 from cluster.core.link_limits import LinkLimits
 
 ME = Incarnation("actor-3", 7)
@@ -17,8 +17,9 @@ KEY = derive_link_key(b"secret", ME)
 OTHER_KEY = derive_link_key(b"another secret", ME)
 
 
-def actor(key: bytes = KEY, nonce: bytes = b"a" * NONCE_BYTES, who: Incarnation = ME) -> ActorSide:
-    return ActorSide(who, key, nonce, LinkLimits(max_frame_bytes=1000, max_tokens_per_frame=10, frames_in_flight=3))
+def actor(key: bytes = KEY, nonce: bytes = b"a" * NONCE_BYTES, who: Incarnation = ME, *, has_tethers: bool = False) -> ActorSide:
+    limits = LinkLimits(max_frame_bytes=1000, max_tokens_per_frame=10, frames_in_flight=3)
+    return ActorSide(who, key, nonce, limits, has_tethers=has_tethers)
 
 
 def router(key: bytes = KEY, nonce: bytes = b"r" * NONCE_BYTES, who: Incarnation = ME) -> RouterSide:
@@ -39,6 +40,62 @@ def test_a_router_knows_what_an_older_or_newer_actor_may_be_told(newest: int, ag
     here.accept(there.welcome(proof))
     assert here.protocol == proof.protocol == agreed
     assert (here.protocol >= COOL_PROTOCOL) is (newest > 1)
+
+
+def test_only_an_actor_that_holds_tethers_is_asked_for_one() -> None:
+    for has_tethers in (False, True):
+        here = router()
+        here.prove(actor(has_tethers=has_tethers).challenge)
+        assert (here.protocol >= TETHER_PROTOCOL) is has_tethers
+
+
+def linked() -> tuple[ActorSide, RouterSide]:
+    """Two sides of a link that is ready."""
+    there, here = actor(has_tethers=True), router()
+    here.accept(there.welcome(here.prove(there.challenge)))
+    return there, here
+
+
+def test_two_sides_with_one_key_agree_on_a_tether_that_names_its_link() -> None:
+    _, here = linked()
+    there = actor(nonce=b"b" * NONCE_BYTES)
+    tether = here.tether(there.challenge)
+    assert tether.nonce == b"r" * NONCE_BYTES
+    here.accept(there.welcome_tether(tether))
+
+
+def test_a_proof_does_not_pass_as_a_tether_nor_a_tether_as_a_proof() -> None:
+    there, here = linked()
+    proof = router().prove(there.challenge)
+    with pytest.raises(Unauthenticated):
+        there.welcome_tether(Tether(proof.protocol, proof.router_id, proof.nonce, proof.mac))
+    tether = here.tether(there.challenge)
+    with pytest.raises(Unauthenticated):
+        there.welcome(Proof(tether.protocol, tether.router_id, tether.nonce, tether.mac))
+
+
+def test_a_tether_cannot_be_replayed_to_another_challenge_or_made_without_the_key() -> None:
+    there, here = linked()
+    tether = here.tether(there.challenge)
+    with pytest.raises(Unauthenticated):
+        actor(nonce=b"b" * NONCE_BYTES).welcome_tether(tether)
+    with pytest.raises(Unauthenticated):
+        actor(OTHER_KEY).welcome_tether(tether)
+
+
+def test_the_welcome_of_a_link_does_not_pass_for_that_of_its_tether() -> None:
+    there, here = actor(has_tethers=True), router()
+    welcome = there.welcome(here.prove(there.challenge))
+    here.accept(welcome)
+    here.tether(actor(nonce=b"b" * NONCE_BYTES).challenge)
+    with pytest.raises(Unauthenticated):
+        here.accept(welcome)
+
+
+def test_another_life_gets_no_tether() -> None:
+    _, here = linked()
+    with pytest.raises(ReplicaRejected):
+        here.tether(actor(who=Incarnation("actor-3", 8)).challenge)
 
 
 def test_an_actor_refuses_a_router_without_the_key() -> None:

@@ -104,8 +104,8 @@ def make_listener() -> Iterator[MakeListener]:
 
 
 async def test_an_actor_that_speaks_only_newer_protocols_is_refused_by_name(make_listener: MakeListener) -> None:
-    endpoint = await make_listener(encode(Challenge(3, 4, "actor-0", 1, bytes(32))))
-    with pytest.raises(ProtocolMismatch, match="3 to 4"):
+    endpoint = await make_listener(encode(Challenge(4, 5, "actor-0", 1, bytes(32))))
+    with pytest.raises(ProtocolMismatch, match="4 to 5"):
         await connect(endpoint)
 
 
