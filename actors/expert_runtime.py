@@ -43,8 +43,8 @@ from actors.device import device_label, measure_memory, self_test
 from actors.expert_layouts import ExpertWeights, load_weights, with_packed
 from actors.frame_audit import FrameSampler
 from actors.frame_forward import FrameForward, FrameRunner, GroupedForward, leave_process
-from actors.link_server import Progress
 from actors.packed_forward import PackedForward
+from actors.progress import Progress
 from actors.redigest import Redigester, Resident, digests_of, resident_of
 from actors.shadow_workspace import Expanded, ShadowWorkspace
 from actors.staging import forwarding, open_staging

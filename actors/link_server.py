@@ -12,10 +12,10 @@ import secrets
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from actors.body_pool import BodyPool
 from actors.loop_inbox import LoopInbox
+from actors.progress import Progress
 from actors.tether import HeldTether, Hold
 from cluster.core.errors import DeadlineExceeded, InvalidRequest, MoeError, NotReady, Overloaded, ReplicaUnavailable
 from cluster.core.ids import Incarnation
@@ -49,15 +49,6 @@ _SWEEP_S = 0.25
 _LOG_EVERY_S = 1.0
 _ACCEPT_PAUSE_S = 0.1
 _log = logging.getLogger(__name__)
-
-
-class Progress(NamedTuple):
-    """What a Pong says of the compute thread; a plain tuple of the first three will do."""
-
-    frames_done: int
-    oldest_age_s: float
-    queued_tokens: int
-    is_loading: bool = False
 
 
 class LinkServer:

@@ -11,7 +11,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from actors.link_server import LinkServer, Progress, Reply
+from actors.link_server import LinkServer, Reply
+from actors.progress import Progress
 from actors.tether import Hold
 from cluster.core.descriptors import DType
 from cluster.core.ids import ExpertId, Incarnation, Role
