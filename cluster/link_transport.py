@@ -17,8 +17,8 @@ from itertools import islice
 import numpy as np
 
 from cluster.core.errors import InvalidRequest, InvariantBroken, MoeError, Overloaded, ReplicaUnavailable
-from cluster.core.link_codec import encode
-from cluster.core.link_frames import Forward, Frame, Result
+from cluster.core.link_codec import body_bytes_of, encode
+from cluster.core.link_frames import Frame
 from cluster.core.link_reader import FrameReader
 
 Buffers = Sequence[bytes | memoryview]
@@ -40,10 +40,9 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
 
 
-def _check_body(frame: Frame, views: Sequence[memoryview]) -> None:
+def _check_body(frame: Frame, header: bytes, views: Sequence[memoryview]) -> None:
     """A body of another length than its header says would make everything after it garbage."""
-    found = sum(view.nbytes for view in views)
-    wanted = frame.body_bytes if isinstance(frame, Forward | Result) else 0
+    found, wanted = sum([view.nbytes for view in views]), body_bytes_of(header)
     if found != wanted:
         message = f"a {type(frame).__name__} was given {found} body bytes where its header says {wanted}"
         raise InvariantBroken(message)
@@ -112,19 +111,19 @@ class FrameStream:
         """
         if self.is_closed or self._is_finishing:
             return
-        views = [memoryview(part) for part in (encode(frame), *buffers)]
-        _check_body(frame, views[1:])
-        if not self.pending_bytes:
+        header = encode(frame)
+        views = [view.cast("B") for view in [memoryview(part) for part in buffers] if view.nbytes]
+        _check_body(frame, header, views)
+        if not self._parts:
             self.last_taken_s = self._loop.time()
-        for view in views:
-            if view.nbytes:
-                self._parts.append(view.cast("B"))
-                self._queued_bytes += view.nbytes
+        for view in (memoryview(header), *views):
+            self._parts.append(view)
+            self._queued_bytes += view.nbytes
         if on_sent is not None:
             self._sent_marks.append((self._queued_bytes, on_sent))
         if not self._is_writing:
             self._write_turn()
-        if self.pending_bytes > self.max_pending_bytes:
+        if self._parts and self.pending_bytes > self.max_pending_bytes:
             self.close(Overloaded(f"the peer reads too slowly: more than {self.max_pending_bytes} bytes wait to be sent"))
 
     def finish(self) -> None:
@@ -211,7 +210,7 @@ class FrameStream:
         taken = 0
         while self._parts and taken < _TURN_BYTES:
             try:
-                count = self._sock.sendmsg(list(islice(self._parts, _MAX_PARTS)))
+                count = self._sock.sendmsg(self._parts if len(self._parts) <= _MAX_PARTS else islice(self._parts, _MAX_PARTS))
             except (BlockingIOError, InterruptedError):
                 break
             self._drop(count)

@@ -26,10 +26,9 @@ class DType(StrEnum):
 
     __hash__ = str.__hash__  # enum's own is Python, and element types are in keys on the token path
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return 4 if self is DType.FP32 else 2
+    def __init__(self, name: str) -> None:
+        """`itemsize` is the bytes of one element."""
+        self.itemsize = 4 if name == "fp32" else 2
 
 
 class ExpertDescriptor(_Record):

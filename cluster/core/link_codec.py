@@ -43,7 +43,7 @@ from cluster.core.link_frames import (
     Warm,
     Welcome,
 )
-from cluster.core.link_values import bytes_of, count_of, flag_of, seconds_of, size_of, text_of
+from cluster.core.link_values import bytes_of, check_counts, count_of, flag_of, seconds_of, size_of, text_of
 
 MAGIC = b"MOEL"
 PROTOCOL = 1  # of the layout; what the two sides may say to each other beyond it, they agree on in the handshake
@@ -60,6 +60,8 @@ _HANDSHAKE_KINDS = frozenset({Challenge.KIND, Proof.KIND, Welcome.KIND, Refusal.
 _DTYPES: dict[str, DType] = {member.value: member for member in DType}
 _ROLES: dict[int, Role] = {member.value: member for member in Role}
 _STATUSES: dict[int, SegmentStatus] = {member.value: member for member in SegmentStatus}
+_FRAME_STATUSES: dict[int, FrameStatus] = {member.value: member for member in FrameStatus}
+_WITH_BODY = (Forward, Result)
 _F = TypeVar("_F")
 
 
@@ -78,8 +80,14 @@ def encode(frame: Frame) -> bytes:
     if len(header) > MAX_HEADER_BYTES:
         message = f"link header of {len(header)} bytes is over the limit of {MAX_HEADER_BYTES}; send fewer segments or runs in a frame"
         raise InvalidRequest(message, field="link.header")
-    body_bytes = frame.body_bytes if isinstance(frame, Forward | Result) else 0
+    body_bytes = frame.body_bytes if isinstance(frame, _WITH_BODY) else 0
     return PREFIX.pack(MAGIC, PROTOCOL, frame.KIND, len(header), body_bytes) + header
+
+
+def body_bytes_of(header: bytes) -> int:
+    """How many bytes of body follow what `encode` gave."""
+    body_bytes: int = PREFIX.unpack_from(header)[-1]
+    return body_bytes
 
 
 def _fields_of(frame: Frame) -> tuple[Any, ...]:
@@ -135,7 +143,7 @@ def decode(prefix: Prefix, header: bytes | memoryview) -> Frame:
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         message = f"link header of kind {prefix.kind} is malformed ({type(error).__name__})"
         raise InvalidRequest(message, field="link.header") from error
-    body_bytes = frame.body_bytes if isinstance(frame, Forward | Result) else 0
+    body_bytes = frame.body_bytes if isinstance(frame, _WITH_BODY) else 0
     if body_bytes != prefix.body_bytes:
         message = f"link body has {prefix.body_bytes} bytes where its segments need {body_bytes}"
         raise InvalidRequest(message, field="link.body")
@@ -148,15 +156,14 @@ def _build(kind: type[Frame], values: Any) -> Frame:  # noqa: ANN401  (untrusted
         if len(traceparents) > MAX_TRACEPARENTS or not segments:
             message = "items"
             raise ValueError(message)
-        parents = tuple(text_of(item) for item in traceparents)
-        return Forward(count_of(frame_id), count_of(generation), parents, tuple(_segment(item) for item in segments))
+        return Forward(count_of(frame_id), count_of(generation), tuple(map(text_of, traceparents)), tuple(map(_segment, segments)))
     if kind is Result:
         frame_id, generation, status, queue_s, compute_s, segments = values
-        results = tuple(_segment_result(item) for item in segments)
-        return Result(count_of(frame_id), count_of(generation), FrameStatus(count_of(status)), seconds_of(queue_s), seconds_of(compute_s), results)
+        check_counts(frame_id, generation, status)
+        return Result(frame_id, generation, _FRAME_STATUSES[status], seconds_of(queue_s), seconds_of(compute_s), tuple(map(_segment_result, segments)))
     if kind is Cancel:
         frame_id, segment_ids = values
-        return Cancel(count_of(frame_id), tuple(count_of(item) for item in segment_ids))
+        return Cancel(count_of(frame_id), tuple(map(count_of, segment_ids)))
     return _plain(kind, values)
 
 
@@ -170,19 +177,20 @@ def _segment(values: Any) -> Segment:  # noqa: ANN401
     if not runs:
         message = "runs"
         raise ValueError(message)
-    parsed = tuple(Run(size_of(rows), count_of(timeout_ms), flag_of(exact), count_of(epoch)) for rows, timeout_ms, exact, epoch in runs)
-    place = (count_of(segment_id), count_of(attempt), text_of(model), count_of(layer), count_of(index), bytes_of(version))
-    return Segment(*place, _ROLES[count_of(role)], _DTYPES[text_of(dtype)], size_of(dim), parsed)
+    check_counts(segment_id, attempt, layer, index, role)
+    parsed = tuple([Run(size_of(rows), count_of(timeout_ms), flag_of(exact), count_of(epoch)) for rows, timeout_ms, exact, epoch in runs])
+    copy = (text_of(model), layer, index, bytes_of(version), _ROLES[role])
+    return Segment(segment_id, attempt, *copy, _DTYPES[text_of(dtype)], size_of(dim), parsed)
 
 
 def _segment_result(values: Any) -> SegmentResult:  # noqa: ANN401
     segment_id, attempt, status, dtype, dim, num_rows, expired, message = values
-    ended = _STATUSES[count_of(status)]
+    check_counts(segment_id, attempt, status, num_rows, *expired)
+    ended = _STATUSES[status]
     if num_rows and ended is not SegmentStatus.OK:
         text = "rows"
         raise ValueError(text)
-    dropped = tuple(count_of(item) for item in expired)
-    return SegmentResult(count_of(segment_id), count_of(attempt), ended, _DTYPES[text_of(dtype)], size_of(dim), count_of(num_rows), dropped, text_of(message))
+    return SegmentResult(segment_id, attempt, ended, _DTYPES[text_of(dtype)], size_of(dim), num_rows, tuple(expired), text_of(message))
 
 
 _CHECKS: dict[str, Callable[[Any], object]] = {"int": count_of, "str": text_of, "bytes": bytes_of, "bool": flag_of, "float": seconds_of}

@@ -49,7 +49,8 @@ class FrameReader:
 
     def next(self) -> tuple[Frame, memoryview] | None:
         """The next whole frame with its body, or None when more bytes are needed. Raises ProtocolMismatch or InvalidRequest."""
-        frame = self._frame or self._read_header()
+        is_between_frames = self._start == self._stop and self._prefix is None
+        frame = None if is_between_frames else self._frame or self._read_header()
         if frame is None:
             return None
         self._fill_body()

@@ -1,4 +1,7 @@
-"""Single values of a header that nobody vouches for: each function gives the value back as its type, or raises TypeError or ValueError without naming it."""
+"""Single values of a header that nobody vouches for: each function gives the value back as its type, or raises TypeError or ValueError without naming it.
+
+Types are compared, not asked for with isinstance: to that a bool is an int. Each check is one call, since a frame has dozens.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _T = TypeVar("_T")
 
 
 def typed(value: Any, kind: type[_T]) -> _T:  # noqa: ANN401  (untrusted)
-    """A value of exactly this type: to isinstance a bool is an int."""
+    """A value of exactly this type."""
     if type(value) is not kind:
         raise TypeError(kind.__name__)
     return value
@@ -19,34 +22,42 @@ def typed(value: Any, kind: type[_T]) -> _T:  # noqa: ANN401  (untrusted)
 
 def count_of(value: Any) -> int:  # noqa: ANN401
     """An int of at least 0."""
-    if typed(value, int) < 0:
+    if type(value) is not int or value < 0:
         message = "count"
         raise ValueError(message)
-    return int(value)
+    return value
+
+
+def check_counts(*values: Any) -> None:  # noqa: ANN401
+    """Each must be an int of at least 0."""
+    for value in values:
+        if type(value) is not int or value < 0:
+            message = "count"
+            raise ValueError(message)
 
 
 def size_of(value: Any) -> int:  # noqa: ANN401
     """An int of at least 1: zero would let the other factors of a length be anything."""
-    if count_of(value) == 0:
+    if type(value) is not int or value < 1:
         message = "size"
         raise ValueError(message)
-    return int(value)
+    return value
 
 
 def seconds_of(value: Any) -> float:  # noqa: ANN401
     """A finite float of at least 0."""
-    if not math.isfinite(typed(value, float)) or value < 0:
+    if type(value) is not float or not 0.0 <= value < math.inf:
         message = "seconds"
         raise ValueError(message)
-    return float(value)
+    return value
 
 
 def text_of(value: Any) -> str:  # noqa: ANN401
     """A str of at most MAX_TEXT_CHARS."""
-    if len(typed(value, str)) > MAX_TEXT_CHARS:
+    if type(value) is not str or len(value) > MAX_TEXT_CHARS:
         message = "text"
         raise ValueError(message)
-    return str(value)
+    return value
 
 
 def printable(text: str) -> str:
