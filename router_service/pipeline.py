@@ -149,7 +149,7 @@ class Pipeline:
         call = whole.call
         with self._tracing.span("moe.plan", parent=call.traceparent, attributes={"layer": call.layer, "epoch": table.epoch}) as span:
             order = order_choices(whole.chosen.ids_TK)
-            rows_ND = whole.x_TD.index_select(0, torch.from_numpy(order.rows_N))
+            rows_NB = whole.x_TD.contiguous().view(torch.uint8).numpy().take(order.rows_N, axis=0)
             span.set(choices=order.rows_N.size, segments=len(order.experts))
         ladder = () if call.fidelity_exact else _ladder_of(table, call.model)
         rungs = usable_rungs(ladder, layer.fallbacks)
@@ -159,7 +159,7 @@ class Pipeline:
             dtype=layer.dtype,
             width=layer.width,
             order=order,
-            rows_NB=rows_ND.view(torch.uint8).numpy(),
+            rows_NB=rows_NB,
             table=table,
             deadline_s=deadline_s,
             exact=call.fidelity_exact,
@@ -227,9 +227,8 @@ def _is_all_exact(job: Job) -> bool:
 
 def _outputs(job: Job) -> torch.Tensor:
     """What the experts computed, [N, D] in dispatch order; rows that nobody computed are zero."""
-    parts = [_answer(job, part) for part in job.order.experts]
-    flat = np.concatenate([*parts, job.rows_NB[:0]]).reshape(-1)
-    return torch.from_numpy(flat).view(TORCH_DTYPES[job.dtype]).reshape(job.order.rows_N.size, job.width)
+    dtype, parts = TORCH_DTYPES[job.dtype], [_answer(job, part) for part in job.order.experts]
+    return torch.from_numpy(np.concatenate(parts)).view(dtype) if parts else torch.empty((0, job.width), dtype=dtype)
 
 
 def _answer(job: Job, part: ExpertRows) -> NDArray[np.uint8]:

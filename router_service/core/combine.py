@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from cluster.core.errors import DataLoss
 
+_FEW_ELEMENTS = 1 << 14
 _TOGETHER_ELEMENTS = 1 << 17
+_ZERO = np.float32(0.0)  # what columns are added to: -0.0 becomes 0.0
 
 
 def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Tensor) -> torch.Tensor:
@@ -23,7 +25,7 @@ def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Te
     """
     num_tokens, top_k = place_TK.shape
     if place_TK.size and int(place_TK.min()) >= 0:
-        return _combine_whole(y_ND, place_TK, weights_TK)
+        return (_combine_few if place_TK.size * y_ND.shape[1] <= _FEW_ELEMENTS else _combine_whole)(y_ND, place_TK, weights_TK)
     total_TD = torch.zeros((num_tokens, y_ND.shape[1]), dtype=torch.float32)
     for column in range(top_k):
         place_T = place_TK[:, column]
@@ -35,6 +37,16 @@ def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Te
     return total_TD
 
 
+def _combine_few(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Tensor) -> torch.Tensor:
+    """The same as `_combine_whole` for few rows, for which numpy takes half as long."""
+    products_TKD = y_ND.float().numpy().take(place_TK, axis=0)
+    products_TKD *= weights_TK.numpy()[:, :, None]
+    total_TD = products_TKD[:, 0] + _ZERO
+    for column in range(1, place_TK.shape[1]):
+        total_TD += products_TKD[:, column]
+    return torch.from_numpy(total_TD)
+
+
 def _combine_whole(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Tensor) -> torch.Tensor:
     """The usual case, in which every choice has a place: the same steps, in fewer operations where all products fit the cache together."""
     num_tokens, top_k = place_TK.shape
@@ -42,7 +54,7 @@ def _combine_whole(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: t
     if place_TK.size * width <= _TOGETHER_ELEMENTS:
         place_N = torch.from_numpy(place_TK.reshape(-1))
         products = y_ND.index_select(0, place_N).float().view(num_tokens, top_k, width).mul_(weights_TK.unsqueeze(-1)).unbind(1)
-        total_TD = products[0] + 0.0  # as onto zeros: -0.0 becomes 0.0
+        total_TD = products[0] + 0.0
         for product_TD in products[1:]:
             total_TD += product_TD
         return total_TD

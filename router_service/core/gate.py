@@ -37,6 +37,8 @@ class Gate:
         self.descriptor = descriptor
         self._model_dtype = TORCH_DTYPES[dtype]
         self._linear_dtype = self._dtype(descriptor.linear_dtype)
+        self._score_dtype = self._dtype(descriptor.score_dtype)
+        self._weight_dtype = self._dtype(descriptor.weight_dtype)
         # Rounded to the model's dtype first, as transformers loads them; only the correction bias keeps its fp32.
         plain = {name: tensor for name, tensor in tensors.items() if name != "correction_bias"}
         self._tensors = {name: tensor.to(self._model_dtype).to(self._linear_dtype) for name, tensor in plain.items()}
@@ -51,7 +53,7 @@ class Gate:
         """Choose K experts for each row of x [T, D]; `positions_T` (integers in [0, P)) where the gate is position-aware."""
         gate = self.descriptor
         # Detached, so that nothing below records a gradient: entering `no_grad` for each call costs more.
-        logits_TE = self._logits(x_TD.detach().to(self._linear_dtype), positions_T).to(self._dtype(gate.score_dtype))
+        logits_TE = _as(self._score_dtype, self._logits(_as(self._linear_dtype, x_TD.detach()), positions_T))
         scores_TE = gate_scores.score(logits_TE, gate)
         choice_TE = gate_scores.choosable(scores_TE, self._correction_bias_E, gate)
         if gate.score == "sparsemixer":
@@ -59,7 +61,7 @@ class Gate:
         else:
             ids_TK = gate_scores.top_k(choice_TE, gate.top_k)
             weights_TK = gate_scores.weigh(scores_TE, ids_TK, gate)
-        return Choices(ids_TK.to(torch.int32), weights_TK.to(self._dtype(gate.weight_dtype)).float(), choice_TE)
+        return Choices(ids_TK.to(torch.int32), _as(torch.float32, _as(self._weight_dtype, weights_TK)), choice_TE)
 
     def _dtype(self, choice: str) -> torch.dtype:
         return torch.float32 if choice == "fp32" else self._model_dtype
@@ -77,6 +79,11 @@ class Gate:
                     message = "a position-aware gate was called without positions"
                     raise InvariantBroken(message)
                 return functional.linear(x_TD + tensors["position_embedding"][positions_T.long()], tensors["weight"], tensors.get("bias"))
+
+
+def _as(dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    """A tensor in this dtype. One that has it already is not asked: for torch that is as much work as a few rows are."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _check_descriptor(gate: GateDescriptor) -> None:

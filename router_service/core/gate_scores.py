@@ -39,11 +39,13 @@ def top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     """Indices [T, k] of the k best, best first, ties by lower index."""
     count = min(k + 1, scores_TE.shape[-1])
     values, indices = torch.topk(scores_TE, count, dim=-1)
-    tied_T = (values[:, 1:] == values[:, :-1]).any(dim=-1)
-    if bool(tied_T.any()):
+    best = values.float().numpy()
+    tied = best[:, 1:] == best[:, :-1]
+    if tied.any():
         # A stable sort is several times slower than topk, and few rows need it.
+        tied_T = torch.from_numpy(tied.any(axis=-1))
         indices[tied_T] = torch.sort(scores_TE[tied_T], dim=-1, descending=True, stable=True).indices[:, :count]
-    return indices[:, :k].contiguous()
+    return indices[:, :k]
 
 
 def weigh(scores_TE: torch.Tensor, ids_TK: torch.Tensor, gate: GateDescriptor) -> torch.Tensor:
