@@ -210,12 +210,13 @@ class ActorLane:
     def _pump(self) -> None:
         self._is_pumping = False
         now_s = self._loop.time()
-        while self._may_send() and (plan := self._lane.next_frame(now_s)) is not None:
-            for piece in plan.pieces:
-                waiter = self._waiters[piece.run_id]
+        while self._lane.queued_tokens and self._may_send() and (plan := self._lane.next_frame(now_s)) is not None:
+            rows = []
+            for run_id, start, stop in plan.pieces:
+                waiter = self._waiters[run_id]
                 waiter.sent_s = waiter.sent_s or now_s
-            rows = [self._waiters[piece.run_id].rows[piece.start : piece.stop].data for piece in plan.pieces]
-            self._watch.sent(self, plan.num_tokens, plan.forward.body_bytes)
+                rows.append(waiter.rows[start:stop].data)
+            self._watch.sent(self, plan.num_tokens, plan.num_bytes)
             assert self._link is not None  # noqa: S101  (else nothing may be sent)
             self._link.send(plan.forward, rows)
         for run_id in self._lane.expire(now_s):

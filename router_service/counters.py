@@ -47,7 +47,8 @@ class Counters:
         self.requests_total += 1
         self.tokens_total += account.tokens
         self.degraded_tokens += 0 if account.report is None else account.report.degraded_tokens
-        self.outcomes.update(counts)
+        for outcome, count in counts.items():
+            self.outcomes[outcome] += count
         self._latencies_s.append(duration_s)
         self._add_tokens(account.tokens)
         self._metrics.request_finished(account.model, account.layer, "OK", duration_s, counts, tokens=account.tokens)

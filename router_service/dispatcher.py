@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -212,9 +211,11 @@ class _UnderWay:
         if flight.lost and not self._job.may_lose:
             return flight.lost
         try:
-            orders.sort(key=_actor_of)
-            for _, group in groupby(orders, key=_actor_of):
-                self._send(list(group))
+            by_actor: dict[str, list[Send]] = {}
+            for order in orders:
+                by_actor.setdefault(order.copy.incarnation.actor_id, []).append(order)
+            for actor_id in sorted(by_actor):
+                self._send(by_actor[actor_id])
             if self._error is None and not flight.has_ended:
                 self._done = self._loop.create_future()
                 self._watch_first()
@@ -378,10 +379,6 @@ _BUSY_PATIENCE = 4.0
 
 def _pick(desk: Dispatcher, job: Job, experts: Mapping[int, ExpertId], index: int, tried: Sequence[TableCopy]) -> TableCopy | None:
     return desk.pick(job, experts[index], tried)
-
-
-def _actor_of(order: Send) -> str:
-    return order.copy.incarnation.actor_id
 
 
 def _words(error: ReplicaError) -> str:

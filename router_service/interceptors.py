@@ -340,8 +340,10 @@ async def _without_frames(answer: Callable[[Any, Any], Awaitable[Any]], messages
 
 
 def _metadata(details: grpc.HandlerCallDetails, key: str) -> str | None:
-    value = next((value for name, value in details.invocation_metadata or () if name == key), None)
-    return value if isinstance(value, str) else None
+    for name, value in details.invocation_metadata or ():
+        if name == key:
+            return value if isinstance(value, str) else None
+    return None
 
 
 def _refusing(error: MoeError) -> Any:  # noqa: ANN401

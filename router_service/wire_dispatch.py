@@ -22,6 +22,7 @@ MAX_MODEL_NAME_CHARACTERS: Final = 128
 _FIDELITIES: Final = frozenset(pb.Fidelity.values())
 _REPORT_LEVELS: Final = frozenset(pb.ReportLevel.values())
 _OVERFLOWS: Final = frozenset(pb.Overflow.values())
+_OVERFLOW_OF: Final[dict[int, Overflow]] = {member.value: member for member in Overflow}
 HIDDEN: Final = "hidden_states"
 IDS: Final = "top_k.expert_ids"
 WEIGHTS: Final = "top_k.weights"
@@ -92,7 +93,7 @@ def call_of(
     if request.WhichOneof("routing") == "top_k":
         routing = TopK(tensors[IDS], tensors[WEIGHTS])
     else:
-        routing = GateChoice(tensors.get(POSITIONS), Overflow(request.gate.overflow), request.gate.capacity_factor)
+        routing = GateChoice(tensors.get(POSITIONS), _OVERFLOW_OF[request.gate.overflow], request.gate.capacity_factor)
     return LayerCall(
         request_id=request.request_id,
         model=model,

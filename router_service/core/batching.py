@@ -85,11 +85,12 @@ class _Run:
 
 
 class FramePlan(NamedTuple):
-    """A frame to send: its header, the pieces whose rows make its body, in that order, and their rows in all."""
+    """A frame to send: its header, the pieces whose rows make its body, in that order, and their rows and bytes in all."""
 
     forward: Forward
     pieces: tuple[Piece, ...]
     num_tokens: int
+    num_bytes: int
 
 
 class PieceRows(NamedTuple):
@@ -200,7 +201,8 @@ class Lane:
 
     def next_frame(self, now_s: float) -> FramePlan | None:
         """The next frame, to be sent now, or None: the window is full, or too little waits. Runs whose time is up are left out; `expire` names them."""
-        self._drop_expired(now_s)
+        if now_s >= self._next_deadline_s:
+            self._drop_expired(now_s)
         wanted = self._limits.min_overlapping_tokens if self._in_flight else 0
         if len(self._in_flight) >= self._limits.frames_in_flight or self._queue.num_rows < max(1, wanted):
             return None
@@ -214,7 +216,8 @@ class Lane:
 
     def expire(self, now_s: float) -> list[int]:
         """End the runs whose time is up; gives those that ended so since the last call."""
-        self._drop_expired(now_s)
+        if now_s >= self._next_deadline_s:
+            self._drop_expired(now_s)
         expired, self._expired = self._expired, []
         return expired
 
@@ -242,8 +245,8 @@ class Lane:
         self._learn_rate(sent, now_s)
         for pieces in sent.segments:
             for piece in pieces:
-                if piece.run_id in self._runs:
-                    self._runs[piece.run_id].frame_ids.discard(result.frame_id)
+                if (run := self._runs.get(piece.run_id)) is not None:
+                    run.frame_ids.discard(result.frame_id)
         refused = error_of_frame(sent.forward, result)
         if refused is not None:
             for pieces in sent.segments:
@@ -301,9 +304,7 @@ class Lane:
         return run
 
     def _drop_expired(self, now_s: float) -> None:
-        """Looks at all runs, but only when the earliest deadline that was ever offered has passed."""
-        if now_s < self._next_deadline_s:
-            return
+        """Looks at all runs, so only to be called when the earliest deadline that was ever offered has passed."""
         expired = [run_id for run_id, run in self._runs.items() if run.offer.deadline_s <= now_s]
         for run_id in expired:
             self._end(run_id)
@@ -311,26 +312,30 @@ class Lane:
         self._next_deadline_s = min((run.offer.deadline_s for run in self._runs.values()), default=math.inf)
 
     def _send(self, draft: FrameDraft, num_tokens: int, now_s: float) -> FramePlan:
-        groups = draft.segments()
         self._num_frames += 1
-        parents = dict.fromkeys(self._runs[piece.run_id].offer.traceparent for _, pieces in groups for piece in pieces)
-        traceparents = tuple(parent for parent in parents if parent)[:MAX_TRACEPARENTS]
-        segments = tuple(self._segment(key, pieces, now_s) for key, pieces in groups)
-        forward = Forward(self._num_frames, self._generation, traceparents, segments)
-        is_alone = tuple(bool(key.alone) for key, _ in groups)
+        frame_id, groups = self._num_frames, draft.segments()
+        pieces: list[Piece] = []
+        parents: dict[str, None] = {}
+        segments = []
+        for key, group in groups:
+            segments.append(self._segment(key, group, now_s))
+            pieces += group
+            for piece in group:
+                run = self._runs[piece.run_id]
+                run.frame_ids.add(frame_id)
+                if run.offer.traceparent:
+                    parents[run.offer.traceparent] = None
+        forward = Forward(frame_id, self._generation, tuple(parents)[:MAX_TRACEPARENTS], tuple(segments))
+        is_alone = tuple([bool(key.alone) for key, _ in groups])
         self._in_flight_tokens += num_tokens
-        self._in_flight[forward.frame_id] = _Sent(forward, tuple(pieces for _, pieces in groups), is_alone, num_tokens, now_s)
-        for _, pieces in groups:
-            for piece in pieces:
-                self._runs[piece.run_id].frame_ids.add(forward.frame_id)
-        return FramePlan(forward, tuple(piece for _, pieces in groups for piece in pieces), num_tokens)
+        self._in_flight[frame_id] = _Sent(forward, tuple([group for _, group in groups]), is_alone, num_tokens, now_s)
+        return FramePlan(forward, tuple(pieces), num_tokens, draft.num_bytes)
 
     def _segment(self, key: SegmentKey, pieces: Sequence[Piece], now_s: float) -> Segment:
         self._num_segments += 1
-        runs = tuple(_run_of(self._runs[piece.run_id].offer, piece, now_s) for piece in pieces)
-        expert = key.expert
-        place = (self._num_segments, key.attempt, expert.model, expert.layer, expert.index, key.version)
-        return Segment(*place, key.role, key.dtype, key.dim, runs)
+        runs = tuple([_run_of(self._runs[piece.run_id].offer, piece, now_s) for piece in pieces])
+        model, layer, index = key.expert
+        return Segment(self._num_segments, key.attempt, model, layer, index, key.version, key.role, key.dtype, key.dim, runs)
 
     def _segment_done(self, pieces: Sequence[Piece], segment: SegmentResult, offset_bytes: int, outcome: FrameOutcome, *, is_alone: bool) -> None:
         if not segment.expired_runs and segment.status is SegmentStatus.OK:
@@ -350,15 +355,15 @@ class Lane:
             self._fail(kept, error, outcome)
 
     def _deliver(self, pieces: Sequence[Piece], row_bytes: int, offset_bytes: int, outcome: FrameOutcome) -> None:
-        for piece in pieces:
-            run = self._runs.get(piece.run_id)
+        for run_id, start, stop in pieces:
+            run = self._runs.get(run_id)
             if run is not None:
-                run.rows_done += piece.num_rows
+                run.rows_done += stop - start
                 is_complete = run.rows_done == run.offer.num_rows
-                outcome.rows.append(PieceRows(piece.run_id, piece.start, piece.stop, offset_bytes, is_complete))
+                outcome.rows.append(PieceRows(run_id, start, stop, offset_bytes, is_complete))
                 if is_complete:
-                    self._end(piece.run_id)
-            offset_bytes += piece.num_rows * row_bytes
+                    self._end(run_id)
+            offset_bytes += (stop - start) * row_bytes
 
     def _retry_alone(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -394,4 +399,4 @@ class Lane:
 
 def _run_of(offer: RunOffer, piece: Piece, now_s: float) -> Run:
     left_ms = min((offer.deadline_s - now_s) * 1000, _MAX_TIMEOUT_MS)
-    return Run(piece.num_rows, max(1, math.floor(left_ms)), offer.exact, offer.epoch)
+    return Run(piece.stop - piece.start, max(1, math.floor(left_ms)), offer.exact, offer.epoch)

@@ -24,9 +24,10 @@ class Piece(NamedTuple):
 
 
 class FrameDraft:
-    """Collects rows. What a run adds to a segment in several turns stays one piece."""
+    """Collects rows, `num_bytes` of them so far. What a run adds to a segment in several turns stays one piece."""
 
     def __init__(self, *, max_tokens: int, max_bytes: int) -> None:
+        self.num_bytes = 0
         self._tokens_left = max_tokens
         self._bytes_left = max_bytes
         self._groups: dict[SegmentKey, dict[Span, Piece]] = {}
@@ -54,6 +55,7 @@ class FrameDraft:
         group[span] = Piece(span.run_id, start, span.start + num_rows)
         self._tokens_left -= num_rows
         self._bytes_left -= num_rows * span.row_bytes
+        self.num_bytes += num_rows * span.row_bytes
 
     def segments(self) -> Sequence[tuple[SegmentKey, tuple[Piece, ...]]]:
         """What was collected, copy by copy in the order of their first rows."""
