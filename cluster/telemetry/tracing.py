@@ -120,6 +120,11 @@ class Tracing:
         """A tracer that records nothing."""
         return cls(service="", instance="", config=TelemetryConfig(sampling_ratio=0.0))
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever recorded."""
+        return self._provider is not None
+
     def span(
         self,
         name: str,

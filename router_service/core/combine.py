@@ -40,7 +40,7 @@ def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Te
 def _combine_few(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Tensor) -> torch.Tensor:
     """The same as `_combine_whole` for few rows, for which numpy takes half as long."""
     products_TKD = y_ND.float().numpy().take(place_TK, axis=0)
-    products_TKD *= weights_TK.numpy()[:, :, None]
+    products_TKD *= weights_TK.detach().numpy()[:, :, None]
     total_TD = products_TKD[:, 0] + _ZERO
     for column in range(1, place_TK.shape[1]):
         total_TD += products_TKD[:, column]

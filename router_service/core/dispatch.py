@@ -61,11 +61,12 @@ def _order_few(ids_TK: NDArray[np.int32]) -> DispatchOrder:
     for choice, index in enumerate(ids_TK.ravel().tolist()):
         choices.setdefault(index, []).append(choice)
     choices.pop(NOWHERE, None)
-    used: list[int] = []
+    rows: list[int] = []
+    place = [NOWHERE] * ids_TK.size
     experts = []
     for index in sorted(choices):
-        experts.append(ExpertRows(index, len(used), len(used) + len(choices[index])))
-        used += choices[index]
-    place = np.full(ids_TK.size, NOWHERE, np.intp)
-    place[used] = np.arange(len(used))
-    return DispatchOrder(tuple(experts), np.array(used, np.intp) // top_k, place.reshape(ids_TK.shape))
+        experts.append(ExpertRows(index, len(rows), len(rows) + len(choices[index])))
+        for choice in choices[index]:
+            place[choice] = len(rows)
+            rows.append(choice // top_k)
+    return DispatchOrder(tuple(experts), np.array(rows, np.intp), np.array(place, np.intp).reshape(ids_TK.shape))

@@ -15,6 +15,7 @@ from cluster.core.descriptors import DType, GateDescriptor
 from cluster.core.errors import CheckpointError, InvariantBroken
 from router_service.core import gate_scores
 from router_service.core.layer_call import TORCH_DTYPES
+from router_service.core.tensors import as_dtype
 
 SPARSEMIXER_TOP_K = 2
 
@@ -53,7 +54,7 @@ class Gate:
         """Choose K experts for each row of x [T, D]; `positions_T` (integers in [0, P)) where the gate is position-aware."""
         gate = self.descriptor
         # Detached, so that nothing below records a gradient: entering `no_grad` for each call costs more.
-        logits_TE = _as(self._score_dtype, self._logits(_as(self._linear_dtype, x_TD.detach()), positions_T))
+        logits_TE = as_dtype(self._logits(as_dtype(x_TD.detach(), self._linear_dtype), positions_T), self._score_dtype)
         scores_TE = gate_scores.score(logits_TE, gate)
         choice_TE = gate_scores.choosable(scores_TE, self._correction_bias_E, gate)
         if gate.score == "sparsemixer":
@@ -61,7 +62,7 @@ class Gate:
         else:
             ids_TK = gate_scores.top_k(choice_TE, gate.top_k)
             weights_TK = gate_scores.weigh(scores_TE, ids_TK, gate)
-        return Choices(ids_TK.to(torch.int32), _as(torch.float32, _as(self._weight_dtype, weights_TK)), choice_TE)
+        return Choices(ids_TK.to(torch.int32), as_dtype(as_dtype(weights_TK, self._weight_dtype), torch.float32), choice_TE)
 
     def _dtype(self, choice: str) -> torch.dtype:
         return torch.float32 if choice == "fp32" else self._model_dtype
@@ -79,11 +80,6 @@ class Gate:
                     message = "a position-aware gate was called without positions"
                     raise InvariantBroken(message)
                 return functional.linear(x_TD + tensors["position_embedding"][positions_T.long()], tensors["weight"], tensors.get("bias"))
-
-
-def _as(dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    """A tensor in this dtype. One that has it already is not asked: for torch that is as much work as a few rows are."""
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _check_descriptor(gate: GateDescriptor) -> None:

@@ -8,11 +8,13 @@ from cluster.core.errors import InvalidRequest
 from router_service.core.batching import RunOffer
 from router_service.core.segments import Rows, SegmentRequest
 
+_BYTES = np.dtype(np.uint8)
+
 
 def offer_of(request: SegmentRequest) -> tuple[Rows, RunOffer]:
     """Check the rows. Raises InvalidRequest."""
     rows = np.asarray(request.rows)
-    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != request.row_bytes or not rows.flags.c_contiguous:  # noqa: PLR2004  (rows, columns)
+    if rows.dtype != _BYTES or rows.ndim != 2 or rows.shape[1] != request.row_bytes or not rows.flags.c_contiguous:  # noqa: PLR2004  (rows, columns)
         message = f"rows must be contiguous uint8 [n, {request.row_bytes}] for dim {request.dim} of {request.dtype}"
         raise InvalidRequest(message, field="rows")
     try:

@@ -1,4 +1,4 @@
-"""Arrays as tensors."""
+"""Arrays as tensors, and tensors in the dtype that is wanted."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
+
+
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in this dtype. One that has it is not asked for it: to torch that is as much work as a few rows."""
+    return x if x.dtype is dtype else x.to(dtype)

@@ -15,6 +15,7 @@ from cluster.core.descriptors import DType, LayerDescriptor
 from cluster.core.errors import InvalidRequest
 from router_service.core.combine import is_finite
 from router_service.core.layer_call import TORCH_DTYPES, GateChoice, LayerCall, Overflow, TopK
+from router_service.core.tensors import as_dtype
 
 INTEGERS = frozenset({torch.int32, torch.int64, torch.uint32})
 
@@ -59,7 +60,7 @@ def _hidden_states(given: torch.Tensor, width: int, dtype: DType, max_tokens: in
     if not 1 <= given.shape[0] <= max_tokens:
         remedy = "send at least one token" if given.shape[0] == 0 else "send smaller batches"
         _refuse("hidden_states.shape", f"hidden_states must have 1 to {max_tokens} rows, it has {given.shape[0]}; {remedy}")
-    x_TD = given.detach().to(model_dtype)
+    x_TD = as_dtype(given.detach(), model_dtype)
     if not is_finite(x_TD):
         row = _first(~torch.isfinite(x_TD).all(dim=1))
         _refuse("hidden_states", f"hidden_states has an element in row {row} that is NaN, infinite or beyond the range of {dtype}; send finite values")

@@ -1,5 +1,7 @@
 """Combine: fp32, fixed order, checked in fp64 and against plain scalar steps."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,23 @@ def test_the_bits_are_those_of_one_rounded_product_and_sum_per_column(seed: int,
             product = weights_TK[token, column].numpy() * y_ND[place_TK[token, column]].float().numpy()
             expected[token] = expected[token] + product
     assert combine(y_ND, place_TK, weights_TK).numpy().tobytes() == expected.tobytes()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), DTYPES, st.integers(1, 9), st.integers(1, 7))
+def test_few_rows_and_many_have_the_same_bits(seed: int, dtype: torch.dtype, num_tokens: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    y_ND = torch.from_numpy(rng.standard_normal((num_tokens * top_k, 17)) * 10.0 ** rng.integers(-44, 38, (num_tokens * top_k, 17))).to(dtype)
+    y_ND[torch.from_numpy(rng.random(y_ND.shape) < 0.2)] = -0.0
+    weights_TK = torch.from_numpy(rng.standard_normal((num_tokens, top_k)).astype(np.float32))
+    place_TK = rng.permutation(num_tokens * top_k).reshape(num_tokens, top_k)
+    expected = np.zeros((num_tokens, 17), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for column in range(top_k):
+            expected += weights_TK[:, column, None].numpy() * y_ND[torch.from_numpy(place_TK[:, column])].float().numpy()
+    for limits in ({"_FEW_ELEMENTS": 1 << 14}, {"_FEW_ELEMENTS": 0}, {"_FEW_ELEMENTS": 0, "_TOGETHER_ELEMENTS": 0}):
+        with mock.patch.multiple("router_service.core.combine", **limits), np.errstate(over="ignore", invalid="ignore"):
+            assert combine(y_ND, place_TK, weights_TK).numpy().tobytes() == expected.tobytes(), limits
 
 
 @settings(deadline=None, max_examples=100)
