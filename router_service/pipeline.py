@@ -121,13 +121,13 @@ class Pipeline:
         is_large = sum(share.call.hidden_states.nbytes for share in shares) > THREAD_BYTES
         planned = await _compute(is_large, self._plan, shares, layer, table, deadline_s)
         lost = await self.dispatcher.run(planned.job)
-        replies = await _compute(is_large, self._finish, planned, lost)
-        while not all(map(_is_fine, replies)):
+        replies, is_fine = await _compute(is_large, self._finish, planned, lost)
+        while not is_fine:
             found = await recheck(self.dispatcher, planned.job, lost)
             if found is None:
                 return [_finite_or_error(reply) for reply in replies]
             lost = found
-            replies = await _compute(is_large, self._finish, planned, lost)
+            replies, is_fine = await _compute(is_large, self._finish, planned, lost)
         return replies
 
     def _current_table(self) -> RoutingTable:
@@ -171,15 +171,21 @@ class Pipeline:
         )
         return _Planned(shares, whole, layer, job, rungs)
 
-    def _finish(self, planned: _Planned, lost: Mapping[int, str]) -> Sequence[LayerReply | MoeError]:
-        """Combine what was answered, with what the ladder has for what was not; ExpertUnavailable, with its rows, for a call that needs what nothing serves."""
+    def _finish(self, planned: _Planned, lost: Mapping[int, str]) -> tuple[Sequence[LayerReply | MoeError], bool]:
+        """Combine what was answered, with what the ladder has for what was not; ExpertUnavailable, with its rows, for a call that needs what nothing serves.
+
+        Also whether nothing more is to be done for any call.
+        """
         call, job, y_ND = planned.whole.call, planned.job, _outputs(planned.job)
         place_WK, dtype = job.order.place_TK, call.hidden_states.dtype
         with self._tracing.span("moe.combine", parent=call.traceparent, attributes={"layer": call.layer, "tokens": place_WK.shape[0]}):
             if _is_all_exact(job) and not any(share.call.want_plan for share in planned.shares):
                 whole_WD = combine(y_ND, place_WK, planned.whole.chosen.weights_TK).to(dtype)
-                return [LayerReply(whole_WD[start:stop], Report(exact=place_WK[start:stop].size, epoch=job.table.epoch)) for _, start, stop in _spans(planned)]
-            return [self._account(planned, share, y_ND, place_WK[start:stop], lost) for share, start, stop in _spans(planned)]
+                parts = [whole_WD] if len(planned.shares) == 1 else [whole_WD[start:stop] for _, start, stop in _spans(planned)]
+                top_k, epoch = place_WK.shape[1], job.table.epoch
+                return [LayerReply(rows_TD, Report(exact=len(rows_TD) * top_k, epoch=epoch)) for rows_TD in parts], is_finite(whole_WD)
+            replies = [self._account(planned, share, y_ND, place_WK[start:stop], lost) for share, start, stop in _spans(planned)]
+            return replies, all(map(_is_fine, replies))
 
     def _account(self, planned: _Planned, share: Share, y_ND: torch.Tensor, place_TK: NDArray[np.intp], lost: Mapping[int, str]) -> LayerReply | MoeError:
         """One call's reply, every choice accounted for."""

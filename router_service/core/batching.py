@@ -118,8 +118,7 @@ class FrameOutcome:
 
 class _Sent(NamedTuple):
     forward: Forward
-    segments: tuple[tuple[Piece, ...], ...]
-    is_alone: tuple[bool, ...]
+    segments: tuple[tuple[SegmentKey, tuple[Piece, ...]], ...]
     num_tokens: int
     sent_s: float
 
@@ -243,18 +242,18 @@ class Lane:
         del self._in_flight[result.frame_id]
         self._in_flight_tokens -= sent.num_tokens
         self._learn_rate(sent, now_s)
-        for pieces in sent.segments:
+        for _, pieces in sent.segments:
             for piece in pieces:
                 if (run := self._runs.get(piece.run_id)) is not None:
                     run.frame_ids.discard(result.frame_id)
         refused = error_of_frame(sent.forward, result)
         if refused is not None:
-            for pieces in sent.segments:
+            for _, pieces in sent.segments:
                 self._fail(pieces, refused, outcome)
             return outcome
         offset_bytes = 0
-        for pieces, is_alone, segment in zip(sent.segments, sent.is_alone, result.segments, strict=True):
-            self._segment_done(pieces, segment, offset_bytes, outcome, is_alone=is_alone)
+        for (key, pieces), segment in zip(sent.segments, result.segments, strict=True):
+            self._segment_done(pieces, segment, offset_bytes, outcome, is_alone=bool(key.alone))
             offset_bytes += segment.num_bytes
         return outcome
 
@@ -326,9 +325,8 @@ class Lane:
                 if run.offer.traceparent:
                     parents[run.offer.traceparent] = None
         forward = Forward(frame_id, self._generation, tuple(parents)[:MAX_TRACEPARENTS], tuple(segments))
-        is_alone = tuple([bool(key.alone) for key, _ in groups])
         self._in_flight_tokens += num_tokens
-        self._in_flight[frame_id] = _Sent(forward, tuple([group for _, group in groups]), is_alone, num_tokens, now_s)
+        self._in_flight[frame_id] = _Sent(forward, tuple(groups), num_tokens, now_s)
         return FramePlan(forward, tuple(pieces), num_tokens, draft.num_bytes)
 
     def _segment(self, key: SegmentKey, pieces: Sequence[Piece], now_s: float) -> Segment:
@@ -384,7 +382,7 @@ class Lane:
         pairs = zip(sent.forward.segments, sent.segments, strict=True)
         return tuple(
             segment.segment_id
-            for segment, pieces in pairs
+            for segment, (_, pieces) in pairs
             if any(piece.run_id == run_id for piece in pieces) and not any(piece.run_id in self._runs for piece in pieces)
         )
 

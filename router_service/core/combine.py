@@ -24,7 +24,7 @@ def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Te
     Product and sum are two rounded steps, never fused, so that any IEEE machine gets the same bits.
     """
     num_tokens, top_k = place_TK.shape
-    if place_TK.size and int(place_TK.min()) >= 0:
+    if place_TK.size and not np.count_nonzero(place_TK < 0):
         return (_combine_few if place_TK.size * y_ND.shape[1] <= _FEW_ELEMENTS else _combine_whole)(y_ND, place_TK, weights_TK)
     total_TD = torch.zeros((num_tokens, y_ND.shape[1]), dtype=torch.float32)
     for column in range(top_k):
@@ -40,10 +40,11 @@ def combine(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Te
 def _combine_few(y_ND: torch.Tensor, place_TK: NDArray[np.intp], weights_TK: torch.Tensor) -> torch.Tensor:
     """The same as `_combine_whole` for few rows, for which numpy takes half as long."""
     products_TKD = y_ND.float().numpy().take(place_TK, axis=0)
-    products_TKD *= weights_TK.detach().numpy()[:, :, None]
-    total_TD = products_TKD[:, 0] + _ZERO
-    for column in range(1, place_TK.shape[1]):
-        total_TD += products_TKD[:, column]
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found in the reply
+        products_TKD *= weights_TK.detach().numpy()[:, :, None]
+        total_TD = products_TKD[:, 0] + _ZERO
+        for column in range(1, place_TK.shape[1]):
+            total_TD += products_TKD[:, column]
     return torch.from_numpy(total_TD)
 
 

@@ -6,6 +6,7 @@ Shape legend: T tokens, E experts, K choices of a token, G groups of experts.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from cluster.core.descriptors import GateDescriptor
@@ -41,7 +42,7 @@ def top_k(scores_TE: torch.Tensor, k: int) -> torch.Tensor:
     values, indices = torch.topk(scores_TE, count, dim=-1)
     best = values.float().numpy()
     tied = best[:, 1:] == best[:, :-1]
-    if tied.any():
+    if np.count_nonzero(tied):  # several times faster than `any` on few rows
         # A stable sort is several times slower than topk, and few rows need it.
         tied_T = torch.from_numpy(tied.any(axis=-1))
         indices[tied_T] = torch.sort(scores_TE[tied_T], dim=-1, descending=True, stable=True).indices[:, :count]

@@ -62,7 +62,7 @@ def test_few_rows_and_many_have_the_same_bits(seed: int, dtype: torch.dtype, num
         for column in range(top_k):
             expected += weights_TK[:, column, None].numpy() * y_ND[torch.from_numpy(place_TK[:, column])].float().numpy()
     for limits in ({"_FEW_ELEMENTS": 1 << 14}, {"_FEW_ELEMENTS": 0}, {"_FEW_ELEMENTS": 0, "_TOGETHER_ELEMENTS": 0}):
-        with mock.patch.multiple("router_service.core.combine", **limits), np.errstate(over="ignore", invalid="ignore"):
+        with mock.patch.multiple("router_service.core.combine", **limits):
             assert combine(y_ND, place_TK, weights_TK).numpy().tobytes() == expected.tobytes(), limits
 
 
