@@ -341,3 +341,10 @@ async def test_compressed_messages_are_refused() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await raw_dispatch(channel)(request(1000).SerializeToString(), metadata=AUTHORIZED, timeout=5)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_with_each_call_grpc_waits_once_for_all_methods() -> None:
+    async with router(has_reflection=True) as rig, rig.client() as client:
+        await client.dispatch(rig.rows(), model=rig.model, layer=LAYER)
+        waiting = [task.get_coro().__qualname__ for task in asyncio.all_tasks() if "_request" in task.get_coro().__qualname__]
+        assert waiting == ["AioServer._request_call"]
