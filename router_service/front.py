@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.core.errors import ConfigError, MoeError
 from protos.moelastic.router.v1 import router_pb2_grpc
@@ -59,11 +60,12 @@ class RpcFront:
             # The transport's own limit lies above ours, which has the better words.
             maximum_concurrent_rpcs=BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS,
         )
-        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, self._server)
+        services = _Unregistered(self._server)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, services)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, services)
         if has_reflection:
             names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), services)
 
     async def start(self, host: str, port: int, tls: TlsFiles | None = None) -> int:
         """Listen; the port, chosen freely when 0 was asked for. Raises ConfigError when it cannot be had; may be called again then."""
@@ -83,6 +85,16 @@ class RpcFront:
     def _refused(self, method: str, error: MoeError) -> None:
         if method.startswith(ROUTER_PREFIX):
             self._counters.refused(code_of(error).name)
+
+
+class _Unregistered:
+    """A server as generated code sees it, which finds methods by name only: with each call grpc.aio waits anew for every method that is registered."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        """They are generic handlers already."""
 
 
 def may_reflect(setting: Literal["auto", "on", "off"], host: str) -> bool:
