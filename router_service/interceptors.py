@@ -32,7 +32,8 @@ from router_service.wire import SIZE_KEY
 
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
 ROUTER_PREFIX: Final = "/moelastic.router.v1.RouterService/"
-DATA_METHODS: Final = frozenset({f"{ROUTER_PREFIX}Dispatch", f"{ROUTER_PREFIX}DispatchStream"})
+DISPATCH: Final = f"{ROUTER_PREFIX}Dispatch"
+DATA_METHODS: Final = frozenset({DISPATCH, f"{ROUTER_PREFIX}DispatchStream"})
 HEALTH_WATCH: Final = f"{HEALTH_PREFIX}Watch"
 HEALTH_READS: Final = 8
 # Whole messages that callers together may send beyond what they declared, before they are found out.
