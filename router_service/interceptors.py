@@ -158,7 +158,7 @@ class _Admitted:
                 self._places = places
             self._lease = await self._call.admit(self._context, is_stream=self._is_stream)
         except BaseException as error:
-            self._leave()
+            self._leave(was_refused=True)
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
             raise
@@ -169,13 +169,13 @@ class _Admitted:
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
         finally:
-            self._leave()
+            self._leave(was_refused=error is not None and self._context.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
 
-    def _leave(self) -> None:
+    def _leave(self, *, was_refused: bool) -> None:
         if self._lease is not None:
             self._lease.release()
         if self._places is not None:
-            self._places.leave()
+            self._places.leave(was_refused=was_refused)
 
 
 class _Call:
