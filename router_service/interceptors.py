@@ -28,6 +28,7 @@ from router_service.admission import ByteBudget, ByteLease, Liars, RequestLimit
 from router_service.auth import Tenants
 from router_service.caller import tenant_of_call
 from router_service.errors import abort
+from router_service.turns import Turns
 from router_service.wire import SIZE_KEY
 
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
@@ -101,6 +102,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         self.limits = limits
         self.refused = refused
         self.liars = Liars()
+        self.turns = Turns()
         self.budget = ByteBudget(limits.max_inflight_bytes, name="router.max_inflight_bytes")
         unproven = ByteBudget(UNPROVEN_READS * limits.max_message_bytes, name="undeclared bytes")
         message = (limits.max_message_bytes, limits.message_timeout_s)
@@ -198,11 +200,13 @@ class _Call:
     async def small(self, _: Any, context: Any) -> Any:  # noqa: ANN401
         async with self._admitted(context, is_stream=False) as lease:
             request = await self._message(context, lease)
+            await self._admission.turns.take()
             return await self._handler.unary_unary(request, context)
 
     async def unary(self, _: Any, context: Any) -> None:  # noqa: ANN401
         async with self._admitted(context, is_stream=False) as lease:
             request = await self._message(context, lease)
+            await self._admission.turns.take()
             reply = await self._handler.unary_unary(request, context)
             # Written here, so that the bytes are held until the caller has taken the reply.
             await self._write(context, reply)
