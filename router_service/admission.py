@@ -136,7 +136,8 @@ class RequestLimit:
         """Requests that ended per second while others waited; 0 while that is not known."""
         if len(self._ended_s) < RATE_SAMPLES // 2:
             return 0.0
-        return (len(self._ended_s) - 1) / max(self._ended_s[-1] - self._ended_s[0], 1e-6)
+        # Up to now, not to the last one: a router that serves nobody any more must not be taken for as fast as it was.
+        return (len(self._ended_s) - 1) / max(self._clock() - self._ended_s[0], 1e-6)
 
     def enter(self, left_s: float | None = None) -> None:
         """Take a place. Raises Overloaded when there is none, or when `left_s` until the deadline will hardly do."""
@@ -147,10 +148,10 @@ class RequestLimit:
             raise Overloaded(message, retry_after_s=0.1)
         self.count += 1
 
-    def leave(self, *, was_refused: bool = False) -> None:
-        """Give the place back. One that was refused further on says nothing of how fast requests are served, and would let too many in."""
+    def leave(self, *, in_vain: bool = False) -> None:
+        """Give the place back. One that was refused further on, or given up, says nothing of how fast requests are served, and would let too many in."""
         self.count -= 1
-        if was_refused and self.count:
+        if in_vain and self.count:
             return
         if self.count:
             self._ended_s.append(self._clock())

@@ -42,6 +42,8 @@ UNPROVEN_READS: Final = 16
 MAX_SIZE_DIGITS: Final = 15
 # A declared size below a megabyte.
 SMALL_DIGITS: Final = 6
+# How calls end that took a place and were served nothing.
+_IN_VAIN: Final = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Refused = Callable[[str, MoeError], None]
@@ -160,7 +162,7 @@ class _Admitted:
                 self._places = places
             self._lease = await self._call.admit(self._context, is_stream=self._is_stream)
         except BaseException as error:
-            self._leave(was_refused=True)
+            self._leave(in_vain=True)
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
             raise
@@ -171,13 +173,13 @@ class _Admitted:
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
         finally:
-            self._leave(was_refused=error is not None and self._context.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self._leave(in_vain=isinstance(error, asyncio.CancelledError) or (error is not None and self._context.code() in _IN_VAIN))
 
-    def _leave(self, *, was_refused: bool) -> None:
+    def _leave(self, *, in_vain: bool) -> None:
         if self._lease is not None:
             self._lease.release()
         if self._places is not None:
-            self._places.leave(was_refused=was_refused)
+            self._places.leave(in_vain=in_vain)
 
 
 class _Call:

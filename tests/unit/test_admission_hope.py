@@ -41,14 +41,23 @@ def test_few_requests_are_never_turned_away_however_slow_they_are() -> None:
     limit.enter(0.001)
 
 
-def test_requests_that_were_refused_further_on_say_nothing_of_how_fast_others_are_served() -> None:
+def test_requests_that_were_refused_further_on_or_given_up_say_nothing_of_how_fast_others_are_served() -> None:
     clock = Clock()
     limit = crowded(clock, count=100, every_s=0.01)
     for _ in range(10 * RATE_SAMPLES):
         limit.enter(None)
-        limit.leave(was_refused=True)
+        limit.leave(in_vain=True)
     assert limit.ended_per_s == pytest.approx(100.0)
     assert limit.count == 100
+
+
+def test_a_router_that_serves_nobody_any_more_is_not_taken_for_as_fast_as_it_was() -> None:
+    clock = Clock()
+    limit = crowded(clock, count=20, every_s=0.001)
+    limit.enter(1.0)
+    clock.now_s += 10.0
+    with pytest.raises(Overloaded):
+        limit.enter(1.0)
 
 
 def test_a_rate_is_forgotten_when_nobody_is_left() -> None:
