@@ -19,6 +19,8 @@ MAX_WAITING: Final = 4096
 MAX_LIARS: Final = 1024
 RATE_SAMPLES: Final = 64
 FEW_REQUESTS: Final = 8
+# Less than the lanes allow: what they refuse has been read, checked and sorted before.
+MAX_WAIT_SHARE: Final = 0.35
 
 
 class ByteLease:
@@ -134,20 +136,23 @@ class RequestLimit:
         """Requests that ended per second while others waited; 0 while that is not known."""
         if len(self._ended_s) < RATE_SAMPLES // 2:
             return 0.0
-        return (len(self._ended_s) - 1) / max(self._ended_s[-1] - self._ended_s[0], 1e-6)
+        # Up to now, not to the last one: a router that serves nobody any more must not be taken for as fast as it was.
+        return (len(self._ended_s) - 1) / max(self._clock() - self._ended_s[0], 1e-6)
 
     def enter(self, left_s: float | None = None) -> None:
         """Take a place. Raises Overloaded when there is none, or when `left_s` until the deadline will hardly do."""
         if left_s is not None and self.count > FEW_REQUESTS:
-            check_hope(self.count + 1, self.ended_per_s, left_s, what="requests")
+            check_hope(self.count + 1, self.ended_per_s, left_s, what="requests", share=MAX_WAIT_SHARE)
         if self.count >= self.limit:
             message = f"the router works on {self.count} requests already ({self._name} = {self.limit}); try again later"
             raise Overloaded(message, retry_after_s=0.1)
         self.count += 1
 
-    def leave(self) -> None:
-        """Give the place back."""
+    def leave(self, *, in_vain: bool = False) -> None:
+        """Give the place back. One that was refused further on, or given up, says nothing of how fast requests are served, and would let too many in."""
         self.count -= 1
+        if in_vain and self.count:
+            return
         if self.count:
             self._ended_s.append(self._clock())
         else:

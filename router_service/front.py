@@ -13,12 +13,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster.core.errors import ConfigError, MoeError
+from protos.moelastic.router.v1 import router_pb2 as pb
 from protos.moelastic.router.v1 import router_pb2_grpc
+from router_service.accepting import Takers
 from router_service.auth import Tenants
 from router_service.counters import Counters
 from router_service.errors import code_of
 from router_service.health import SERVICE, HealthBoard
-from router_service.interceptors import ROUTER_PREFIX, AdmissionInterceptor, AdmissionLimits, AuthInterceptor
+from router_service.interceptors import DISPATCH, ROUTER_PREFIX, AdmissionInterceptor, AdmissionLimits, AuthInterceptor
 from router_service.servicer import RouterServicer
 
 BACKSTOP_FACTOR: Final = 2
@@ -53,16 +55,16 @@ class RpcFront:
         self.health = health
         self.admission = AdmissionInterceptor(limits, refused=self._refused)
         self._counters = counters
-        auth = [] if tenants is None else [AuthInterceptor(tenants, refused=self._refused)]
-        self._server = grpc.aio.server(
-            interceptors=[*auth, self.admission],
-            options=_options(limits, shares_address=shares_address),
-            # The transport's own limit lies above ours, which has the better words.
-            maximum_concurrent_rpcs=BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS,
-        )
+        interceptors = [self.admission] if tenants is None else [AuthInterceptor(tenants, refused=self._refused), self.admission]
+        # The transport's own limit lies above ours, which has the better words.
+        max_calls = BACKSTOP_FACTOR * limits.max_concurrent_requests + BACKSTOP_CALLS
+        options = _options(limits, shares_address=shares_address)
+        self._server = grpc.aio.server(interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
         services = _Unregistered(self._server)
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, services)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, services)
+        dispatch = grpc.unary_unary_rpc_method_handler(servicer.Dispatch, pb.DispatchRequest.FromString, pb.DispatchResponse.SerializeToString)
+        self._takers = Takers(self._server, DISPATCH, dispatch, interceptors, max_calls=max_calls)
         if has_reflection:
             names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(names), services)
@@ -76,11 +78,13 @@ class RpcFront:
             message = f"router: cannot listen on {address}; the port is taken or the address is not this machine's; set router.port to 0 for a free one"
             raise ConfigError(message) from error
         await self._server.start()
+        self._takers.start()
         return int(bound)
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, let those under way end within the limit, then close."""
         await self._server.stop(grace_s)
+        await self._takers.ended()
 
     def _refused(self, method: str, error: MoeError) -> None:
         if method.startswith(ROUTER_PREFIX):

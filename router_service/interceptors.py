@@ -28,11 +28,13 @@ from router_service.admission import ByteBudget, ByteLease, Liars, RequestLimit
 from router_service.auth import Tenants
 from router_service.caller import tenant_of_call
 from router_service.errors import abort
+from router_service.turns import Turns
 from router_service.wire import SIZE_KEY
 
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
 ROUTER_PREFIX: Final = "/moelastic.router.v1.RouterService/"
-DATA_METHODS: Final = frozenset({f"{ROUTER_PREFIX}Dispatch", f"{ROUTER_PREFIX}DispatchStream"})
+DISPATCH: Final = f"{ROUTER_PREFIX}Dispatch"
+DATA_METHODS: Final = frozenset({DISPATCH, f"{ROUTER_PREFIX}DispatchStream"})
 HEALTH_WATCH: Final = f"{HEALTH_PREFIX}Watch"
 HEALTH_READS: Final = 8
 # Whole messages that callers together may send beyond what they declared, before they are found out.
@@ -40,6 +42,8 @@ UNPROVEN_READS: Final = 16
 MAX_SIZE_DIGITS: Final = 15
 # A declared size below a megabyte.
 SMALL_DIGITS: Final = 6
+# How calls end that took a place and were served nothing.
+_IN_VAIN: Final = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Refused = Callable[[str, MoeError], None]
@@ -100,6 +104,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         self.limits = limits
         self.refused = refused
         self.liars = Liars()
+        self.turns = Turns()
         self.budget = ByteBudget(limits.max_inflight_bytes, name="router.max_inflight_bytes")
         unproven = ByteBudget(UNPROVEN_READS * limits.max_message_bytes, name="undeclared bytes")
         message = (limits.max_message_bytes, limits.message_timeout_s)
@@ -157,7 +162,7 @@ class _Admitted:
                 self._places = places
             self._lease = await self._call.admit(self._context, is_stream=self._is_stream)
         except BaseException as error:
-            self._leave()
+            self._leave(in_vain=True)
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
             raise
@@ -168,13 +173,13 @@ class _Admitted:
             if isinstance(error, MoeError):
                 await self._call.end(self._context, error)
         finally:
-            self._leave()
+            self._leave(in_vain=isinstance(error, asyncio.CancelledError) or (error is not None and self._context.code() in _IN_VAIN))
 
-    def _leave(self) -> None:
+    def _leave(self, *, in_vain: bool) -> None:
         if self._lease is not None:
             self._lease.release()
         if self._places is not None:
-            self._places.leave()
+            self._places.leave(in_vain=in_vain)
 
 
 class _Call:
@@ -197,11 +202,13 @@ class _Call:
     async def small(self, _: Any, context: Any) -> Any:  # noqa: ANN401
         async with self._admitted(context, is_stream=False) as lease:
             request = await self._message(context, lease)
+            await self._admission.turns.take()
             return await self._handler.unary_unary(request, context)
 
     async def unary(self, _: Any, context: Any) -> None:  # noqa: ANN401
         async with self._admitted(context, is_stream=False) as lease:
             request = await self._message(context, lease)
+            await self._admission.turns.take()
             reply = await self._handler.unary_unary(request, context)
             # Written here, so that the bytes are held until the caller has taken the reply.
             await self._write(context, reply)

@@ -44,6 +44,7 @@ from router_service.dispatcher import Dispatcher, Hedging, Job, LanesPort, Shado
 from router_service.fallbacks import Fallbacks, usable_rungs
 from router_service.models import ServedLayer, ServedModel, find_model
 from router_service.recheck import recheck
+from router_service.turns import Turns
 from router_service.waves import Waves
 
 __all__ = ["MAX_ATTEMPTS", "GateChoice", "LanesPort", "LayerCall", "LayerReply", "Outcome", "Overflow", "Pipeline", "Plan", "Report", "TopK"]
@@ -90,6 +91,7 @@ class Pipeline:
         self._limits = limits or DispatchLimits()
         self.dispatcher = Dispatcher(lanes, table, rng, tracing=self._tracing, trust=trust, hedging=hedging, shadows=shadows)
         self.budget = DispatchBudget(self._limits.max_bytes)
+        self._turns = Turns()
         self._waves = Waves(self._run, waves or WaveLimits(), metrics)
 
     async def run(self, call: LayerCall) -> LayerReply:
@@ -121,6 +123,7 @@ class Pipeline:
         is_large = sum(share.call.hidden_states.nbytes for share in shares) > THREAD_BYTES
         planned = await _compute(is_large, self._plan, shares, layer, table, deadline_s)
         lost = await self.dispatcher.run(planned.job)
+        await self._turns.take()  # a frame may have brought the answers of many
         replies, is_fine = await _compute(is_large, self._finish, planned, lost)
         while not is_fine:
             found = await recheck(self.dispatcher, planned.job, lost)

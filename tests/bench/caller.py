@@ -54,17 +54,17 @@ class Caller:
         return {"latencies_s": latencies, "wall_s": time.perf_counter() - begun_s, "cpu_s": time.process_time() - cpu_s}
 
     def flood(self, model: str, tokens: int, rate_per_s: float, seconds: float, timeout_s: float) -> dict[str, Any]:
-        """Send at even intervals whatever becomes of it; the peer's `attempt` makes one attempt and says what became of that."""
-        inputs = [random_rows(self._sizes, tokens, seed, model) for seed in range(NUM_INPUTS)]
-        return self._loop.run_until_complete(self._flood(inputs, model, rate_per_s, seconds, timeout_s))
+        """Send at even intervals whatever becomes of it; the peer's `attempt` makes one attempt with a `message` of its own and says what became of that."""
+        messages = [self._peer.message(random_rows(self._sizes, tokens, seed, model), model) for seed in range(NUM_INPUTS)]
+        return self._loop.run_until_complete(self._flood(messages, rate_per_s, seconds, timeout_s))
 
-    async def _flood(self, inputs: list[Rows], model: str, rate_per_s: float, seconds: float, timeout_s: float) -> dict[str, Any]:
+    async def _flood(self, messages: list[Any], rate_per_s: float, seconds: float, timeout_s: float) -> dict[str, Any]:
         found: dict[str, list[float]] = {"answered": [], "refused": [], "late": [], "failed": []}
         under_way: set[asyncio.Task[None]] = set()
 
         async def one(number: int) -> None:
             begun_s = time.perf_counter()
-            ending = await self._peer.attempt(inputs[number % NUM_INPUTS], model, timeout_s)
+            ending = await self._peer.attempt(messages[number % NUM_INPUTS], timeout_s)
             found[ending].append(time.perf_counter() - begun_s)
 
         begun_s, number = time.perf_counter(), 0

@@ -51,6 +51,7 @@ class InProcess:
 
     remaining_s: float | None = 20.0
     metadata: tuple[tuple[str, str], ...] = ()
+    ended_with: grpc.StatusCode | None = None
 
     def time_remaining(self) -> float | None:
         return self.remaining_s
@@ -62,7 +63,11 @@ class InProcess:
         assert metadata == ()
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, str | bytes], ...] = ()) -> NoReturn:
+        self.ended_with = code
         raise Ended(code, details, tuple(trailing_metadata))
+
+    def code(self) -> grpc.StatusCode | None:
+        return self.ended_with
 
 
 @dataclass

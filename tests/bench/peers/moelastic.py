@@ -10,16 +10,19 @@ import grpc
 
 from bench.layer import Rows
 from bench.settings import LAYER, Sizes
-from cluster.core.errors import DeadlineExceeded, Overloaded
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices
 from router_service.client import AsyncRouterClient, RouterClient
-from router_service.client_errors import error_of
-from router_service.client_request import DispatchMessages
+from router_service.client_request import ROUTER_PATH, DispatchMessages
+
+ENDINGS = {grpc.StatusCode.RESOURCE_EXHAUSTED: "refused", grpc.StatusCode.DEADLINE_EXCEEDED: "late"}
 
 
 class Peer:
-    """Clients of one router; `address` and `token_file` as told."""
+    """Clients of one router; `address` and `token_file` as told. `short_slices`: its threads wait for their turn as short as a router's."""
 
     def __init__(self, folders: Mapping[str, Path], sizes: Sizes, options: Mapping[str, str]) -> None:  # noqa: ARG002  (every peer is made alike)
+        if "short_slices" in options:
+            ask_for_slices(SHORT_SLICE_NS)
         settings: dict[str, Any] = {"token": Path(options["token_file"]).read_text().strip(), "timeout_s": 30.0}
         self._blocking = RouterClient(options["address"], **settings)
         self._num_calls = 0
@@ -35,16 +38,15 @@ class Peer:
         """One request."""
         return (await self._async.dispatch(rows, model=model, layer=LAYER)).hidden_states
 
-    async def attempt(self, rows: Rows, model: str, timeout_s: float) -> str:
-        """One attempt, without the client's retries: answered, refused, late or failed."""
-        messages = DispatchMessages(rows, {"model": model, "layer": LAYER})
+    def message(self, rows: Rows, model: str) -> bytes:
+        """What `attempt` sends."""
+        return DispatchMessages(rows, {"model": model, "layer": LAYER}).whole
+
+    async def attempt(self, message: bytes, timeout_s: float) -> str:
+        """One attempt, without the client's retries and its work on tensors, which would be counted against who serves: answered, refused, late or failed."""
+        call = self._async._opened().unary_unary(f"{ROUTER_PATH}/Dispatch", None, None)
         try:
-            await self._async._send_whole(messages, timeout_s, "")
+            await call(message, timeout=timeout_s, metadata=self._async._core.metadata(len(message)))
         except grpc.RpcError as failure:
-            match error_of(failure, address=""):
-                case Overloaded():
-                    return "refused"
-                case DeadlineExceeded():
-                    return "late"
-            return "failed"
+            return ENDINGS.get(failure.code(), "failed")
         return "answered"
