@@ -116,8 +116,9 @@ class Session:
         self._counters, self._counted_s = read_counters(self._metrics_address), time.monotonic()
 
     def distrust_s(self, begin_s: float) -> float | None:
-        """When the router first lost or ejected an actor after that, as far as it still knows; it keeps the last time of each."""
-        found = [value for name, value in read_counters(self._metrics_address).items() if name.startswith("moe_last_distrust_seconds") and value >= begin_s]
+        """When the router first lost or ejected an actor after that, as far as it still knows: it keeps the last time of each, and the first of a burst."""
+        kept = ("moe_first_distrust_seconds", "moe_last_distrust_seconds")
+        found = [value for name, value in read_counters(self._metrics_address).items() if name.startswith(kept) and value >= begin_s]
         return min(found, default=None)
 
     def counts(self, requests: Iterable[Request]) -> dict[str, float]:

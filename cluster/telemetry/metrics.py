@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 NO_LAYER: Final = "-1"
 OUTCOMES: Final = ("exact", "shadow", "omitted", "generalist", "dense", "dropped", "unused")
 _LATENCY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_BURST_S: Final = 1.0  # actors of one GPU or node are lost one after the other
 _WAVE_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -40,6 +41,10 @@ class RouterMetrics:
         self._distrusted = Gauge(
             "moe_last_distrust_seconds", "When an actor was last lost or ejected, on the machine's monotonic clock", ["why"], registry=registry
         )
+        self._first_distrusted = Gauge(
+            "moe_first_distrust_seconds", "When the first actor of the last such losses or ejections was, a second or more after any other", registry=registry
+        )
+        self._last_distrust_s = float("-inf")
         self._queue_age = Gauge("moe_queue_age_seconds", "Age of the oldest row that waits for a frame", registry=registry)
         self._queued = Gauge("moe_queued_tokens", "Rows that wait for a frame", registry=registry)
         self._inflight = Gauge("moe_requests_in_flight", "Requests admitted and not yet ended", registry=registry)
@@ -58,6 +63,9 @@ class RouterMetrics:
     def distrusted(self, why: str, now_s: float) -> None:
         """Note when an actor was `lost` or `ejected`; `now_s` is monotonic."""
         self._distrusted.labels(why).set(now_s)
+        if now_s - self._last_distrust_s >= _BURST_S:
+            self._first_distrusted.set(now_s)
+        self._last_distrust_s = now_s
 
     def request_refused(self, code: str) -> None:
         """Count one call that was refused before its handler: it has no model, and no duration that says anything."""

@@ -211,6 +211,8 @@ class InProcessCluster:
             link.stream.close()
         if running.links._sweeper is not None:
             running.links._sweeper.cancel()
+        if running.links._inbox is not None:
+            running.links._inbox.close()
         if running.sentinel is not None:  # which ends with a process that is really killed
             await asyncio.to_thread(running.sentinel.stop)
         await asyncio.to_thread(running.runtime.stop, STOP_S)

@@ -157,10 +157,12 @@ def test_segments_that_are_not_the_rows_are_refused(rows: list[int]) -> None:
 
 
 def test_rows_with_a_gradient_give_rows_without() -> None:
+    """Of `expert_forward`, which anybody may call; `grouped_forward` is a compute thread's, whose inference mode has a test of its own."""
     weights = make_weights(ExpertDescriptor(hidden_size=8, intermediate_size=8, dtype=DType.FP32))
     x_TD = torch.randn((3, 8), requires_grad=True)
     assert not expert_forward(x_TD, weights).requires_grad
-    assert not grouped_forward(x_TD, [weights, weights], [1, 2]).requires_grad
+    with torch.inference_mode():
+        assert not grouped_forward(x_TD, [weights, weights], [1, 2]).requires_grad
 
 
 @pytest.fixture

@@ -76,6 +76,17 @@ def _without_times(text: bytes) -> list[str]:
     return [line.rpartition(" ")[0] if "_created{" in line else line for line in text.decode().splitlines()]
 
 
+def test_the_first_loss_of_several_is_kept_beside_the_last() -> None:
+    metrics = RouterMetrics()
+    for why, now_s in (("lost", 10.0), ("lost", 10.3), ("ejected", 10.5), ("lost", 11.2)):
+        metrics.distrusted(why, now_s)
+    read = metrics.registry.get_sample_value
+    assert read("moe_first_distrust_seconds") == 10.0
+    assert (read("moe_last_distrust_seconds", {"why": "lost"}), read("moe_last_distrust_seconds", {"why": "ejected"})) == (11.2, 10.5)
+    metrics.distrusted("ejected", 12.2)
+    assert read("moe_first_distrust_seconds") == 12.2
+
+
 def test_a_refused_call_is_counted_and_has_no_duration() -> None:
     metrics = RouterMetrics()
     counters = Counters(lambda: 0.0, metrics)
