@@ -1,6 +1,7 @@
 """One repetition's observations as numbers. Every number has its name here, once; None is what could not be measured.
 
-The affected set is every request that was alive within `affected_s` of the first fault; the control set those alive in the window before it.
+The affected set is every request that was alive within `affected_s` of the first fault; the control set those alive in the window before it that had
+ended when the fault came: no request that met the fault counts among those that did not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def affected(seen: Observations) -> list[Request]:
 
 
 def control(seen: Observations) -> list[Request]:
-    """Requests alive in the control window."""
-    return seen.within(seen.control_s, seen.begun_s)
+    """Requests alive in the control window that met no fault."""
+    return [request for request in seen.within(seen.control_s, seen.begun_s) if request.end_s < seen.fault_s]
 
 
 def latencies_ms(requests: Iterable[Request]) -> list[float]:
