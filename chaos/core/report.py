@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -122,7 +123,11 @@ class Record(BaseModel):
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float | None]:
-    """What the repetitions of one scenario say together: counts summed, latencies pooled, times as median (bare name), `_p99` and `_max`."""
+    """What the repetitions of one scenario say together: counts summed, latencies pooled, times as median (bare name), `_p99` and `_max`.
+
+    What a fault added is the median of what it added in each run, beside that run's own control window: one window that something else disturbed says
+    nothing about the others.
+    """
     counted = [record for record in records if record.is_counted]
     summary: dict[str, float | None] = {"repetitions": float(len(counted))}
     for name in SUMMED:
@@ -132,11 +137,9 @@ def summarise(records: Sequence[Record]) -> dict[str, float | None]:
     summary["availability"] = 1.0 - (failed or 0.0) / requests if requests else None
     struck, quiet = [value for record in counted for value in record.affected_ms], [value for record in counted for value in record.control_ms]
     for label, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
-        during, before = quantile(struck, share), quantile(quiet, share)
-        summary[f"affected_{label}_ms"], summary[f"control_{label}_ms"] = during, before
-        summary[f"added_{label}_ms"] = during - before if during is not None and before is not None else None
-    during, before = summary["affected_p99_ms"], summary["control_p99_ms"]
-    summary["p99_ratio"] = during / before if during is not None and before else None
+        summary[f"affected_{label}_ms"], summary[f"control_{label}_ms"] = quantile(struck, share), quantile(quiet, share)
+        summary[f"added_{label}_ms"] = _median(during - before for during, before in _beside(counted, share))
+    summary["p99_ratio"] = _median(during / before for during, before in _beside(counted, 0.99) if before)
     for name in SPREAD:
         found = [record.metrics.get(name) for record in counted]
         values = [value for value in found if value is not None]
@@ -147,6 +150,17 @@ def summarise(records: Sequence[Record]) -> dict[str, float | None]:
     weight = sum(share for _, share in ratios)
     summary["amplification"] = sum(value * share for value, share in ratios) / weight if weight else None
     return summary
+
+
+def _beside(records: Sequence[Record], share: float) -> list[tuple[float, float]]:
+    """For each run the quantile of the affected requests, and that of its own control window."""
+    pairs = [(quantile(record.affected_ms, share), quantile(record.control_ms, share)) for record in records]
+    return [(during, before) for during, before in pairs if during is not None and before is not None]
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
 
 
 def judge(summary: Mapping[str, float | None], assertions: Mapping[str, Tolerance]) -> list[Judged]:

@@ -190,10 +190,18 @@ def test_a_wrong_scenario_is_refused_by_its_place(change: dict[str, Any], words:
 def test_records_are_pooled_and_counted_only_when_the_fault_was_there() -> None:
     summary = summarise([record(0), record(1, failed=1.0), record(2, ending="INTERRUPTED", failed=7.0)])
     assert (summary["repetitions"], summary["failed"], summary["requests"]) == (2, 1, 20)
-    assert summary["added_p99_ms"] == pytest.approx(11.0)
+    assert summary["added_p99_ms"] == pytest.approx(10.5)  # the median of 10 and 11
+    assert (summary["affected_p99_ms"], summary["control_p99_ms"]) == (31.0, 20.0)
     assert (summary["detected_ms"], summary["detected_ms_p99"]) == (10.0, 11.0)
     assert summary["availability"] == pytest.approx(0.95)
     assert [found.ok for found in judge(summary, {"failed": Tolerance(equals=0), "detected_ms": Tolerance(at_most=10)})] == [False, True]
+
+
+def test_a_control_window_that_something_disturbed_hides_no_other_run_s_added_latency() -> None:
+    disturbed = record(2).model_copy(update={"control_ms": [500.0, 900.0]})
+    summary = summarise([record(0), record(1), disturbed])
+    assert summary["added_p99_ms"] == pytest.approx(10.0)
+    assert summary["p99_ratio"] == pytest.approx(1.5)
 
 
 def test_the_worst_of_several_repetitions_decides() -> None:
