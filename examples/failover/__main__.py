@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -61,7 +62,7 @@ def main() -> int:
 
 
 def _run_all(options: argparse.Namespace) -> list[Outcome]:
-    wanted = [load(SHIPPED / f"{name}.yaml") for name in options.scenarios or names()]
+    wanted = [_at_rate(load(SHIPPED / f"{name}.yaml"), options.rate) for name in options.scenarios or names()]
     groups = (
         ("chaos.yaml", [file for file in wanted if file.name not in TWO_REPLICAS]),
         ("chaos_exact.yaml", [file for file in wanted if file.name in TWO_REPLICAS]),
@@ -119,6 +120,14 @@ def _run_one(file: ScenarioFile, folder: RunFolder, peaks: dict[tuple[object, ..
     return outcome
 
 
+def _at_rate(file: ScenarioFile, rate: float) -> ScenarioFile:
+    """The scenario as it is, or with so many requests a second instead of its share of the peak."""
+    if not rate:
+        return file
+    at_rate = file.scenario.load.model_copy(update={"rate": rate, "share_of_peak": None})
+    return replace(file, scenario=file.scenario.model_copy(update={"load": at_rate}))
+
+
 def _num_missing(file: ScenarioFile, options: argparse.Namespace) -> int:
     wanted = min(options.repetitions or file.scenario.repetitions, file.scenario.repetitions)
     done = sum((record.scenario, record.digest) == (file.name, file.digest) and record.is_counted for record in read_records(options.records))
@@ -129,8 +138,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.failover", description=__doc__)
     parser.add_argument("scenarios", nargs="*", help="names of shipped scenarios; default: all")
     parser.add_argument("--repetitions", type=int, default=0, help="of each scenario, at most; default: what each says")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second; default: half of the peak; wants --records of its own")
     parser.add_argument("--records", type=Path, default=RESULTS / "records.jsonl", help="one line per repetition; what is there counts")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rate and options.records == RESULTS / "records.jsonl":
+        parser.error("--rate is another load than that of the records there: give --records PATH, too")
+    return options
 
 
 def _show(record: Record) -> None:
