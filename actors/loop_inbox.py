@@ -30,9 +30,11 @@ class LoopInbox:
 
     def put(self, call: Call) -> None:
         """Run this on the loop soon; nothing happens once the inbox is closed."""
-        self._calls.append(call)
         with self._lock:
-            if not (self._is_rung or self._is_closed):
+            if self._is_closed:
+                return
+            self._calls.append(call)
+            if not self._is_rung:
                 self._is_rung = True
                 os.write(self._write_fd, b"\0")
 

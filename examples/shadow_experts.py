@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from actors.core.codecs import CODECS, FITTED_CODECS, decode
+from examples.tiny_moe_lm.scoring import heldout_texts
 from router_service.calibration.shadows import COMPENSATED, ExpertShadows
 from router_service.calibration.subject import Loss, Place, Subject, wide_weights
 
@@ -131,13 +132,15 @@ def write_report(done: Progress, scorer: Scorer, made: Iterable[ExpertShadows]) 
 def page(report: Mapping[str, Any]) -> list[str]:
     """The page: a summary by codec, then a table for each figure."""
     found = [Cell(**cell) for cell in report["cells"]]
-    titles = [DROPPED, *columns()]
+    titles, num_bytes = [DROPPED, *columns()], report["scored_bytes"] // len(heldout_texts())
     lines = [
         "# One expert at a time",
         "",
         "The shipped model with one expert answered by its shadow, or dropped (the other weights rescaled), and all others exact.",
         f"{report['scored_bytes']:,} held-out bytes, {report['bits_per_byte']:.4f} bits per byte without a loss; shadows fitted to",
-        f"{report['calibration_rows']:,} tokens of training-side text. Written by `python -m examples.shadow_quality --by-expert docs/shadows`.",
+        f"{report['calibration_rows']:,} tokens of training-side text. Written by",
+        f"`python -m examples.shadow_quality --by-expert docs/shadows --bytes {num_bytes} --rows {report['calibration_rows']} --text TEXT ...`,",
+        "with the training side of code, prose and markup as examples/tiny_moe_lm makes them.",
         "",
         "| codec | memory | relative error | cosine | rise of bits per byte: mean | worst | worst expert |",
         "|---|---:|---:|---:|---:|---:|---|",

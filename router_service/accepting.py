@@ -21,6 +21,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 64
+END_S: Final = 2.0
 _PARTS: Final = {
     "_handle_rpc": ("method_name", "method_resolver", "interceptors", "rpc_state", "loop", "concurrency_exceeded"),
     "_schedule_rpc_coro": ("rpc_coro", "rpc_state", "loop", "method_name"),
@@ -31,7 +32,7 @@ class Takers:
     """Take the calls of one method of a server, from its start to its end."""
 
     def __init__(self, server: grpc.aio.Server, method: str, handler: Any, interceptors: Sequence[grpc.aio.ServerInterceptor], *, max_calls: int) -> None:  # noqa: ANN401  (grpc's)
-        """`method` is /SERVICE/METHOD. With more than `max_calls` under way the transport refuses one, as grpc.aio's own limit does."""
+        """`method` is /SERVICE/METHOD. With more than `max_calls` under way the transport refuses one; what grpc.aio takes itself counts apart."""
         self._core: Any = getattr(server, "_server", None)
         self._method = method
         self._handler = handler
@@ -53,9 +54,13 @@ class Takers:
             self._wait_for_one()
 
     async def ended(self) -> None:
-        """Wait until the last call has ended; the server has stopped."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        """Wait until the last call has ended, for END_S at most: the server has stopped and cancelled what was left."""
+        if self._tasks:
+            _, left = await asyncio.wait(set(self._tasks), timeout=END_S)
+            if left:
+                logger.warning("%d calls did not end within %g s of the server's end; they are given up", len(left), END_S)
+            for task in left:
+                task.cancel()
 
     def resolve_handler(self, _: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401
         """The method's handler, as grpc.aio asks for it."""
@@ -64,7 +69,12 @@ class Takers:
     def _wait_for_one(self) -> None:
         task = asyncio.get_running_loop().create_task(self._take(), name="call")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:  # a taker that is lost is not replaced: fewer wait for calls from here on
+            logger.error("a call of %s could not be taken", self._method, exc_info=error)
 
     async def _take(self) -> None:
         state = await self._next()

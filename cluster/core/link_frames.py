@@ -146,7 +146,7 @@ class Forward:
     @property
     def body_bytes(self) -> int:
         """Bytes the body must have."""
-        return sum([segment.num_rows * segment.dim * segment.dtype.itemsize for segment in self.segments])
+        return sum([segment.num_bytes for segment in self.segments])
 
 
 class SegmentResult(NamedTuple):
@@ -185,7 +185,7 @@ class Result:
     @property
     def body_bytes(self) -> int:
         """Bytes the body must have."""
-        return sum([segment.num_rows * segment.dim * segment.dtype.itemsize for segment in self.segments])
+        return sum([segment.num_bytes for segment in self.segments])
 
 
 @dataclass(frozen=True, slots=True)

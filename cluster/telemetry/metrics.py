@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
 NO_LAYER: Final = "-1"
 OUTCOMES: Final = ("exact", "shadow", "omitted", "generalist", "dense", "dropped", "unused")
@@ -24,18 +21,19 @@ class RouterMetrics:
         self.registry = CollectorRegistry()
         self._shown: dict[str, set[str]] = {}
         registry = self.registry
-        self._requests = _Tally("moe_requests", "Requests ended, by gRPC status code", ["model", "layer", "code"], registry)
+        self._requests = Counter("moe_requests", "Requests ended, by gRPC status code", ["model", "layer", "code"], registry=registry)
+        self._ended: dict[tuple[str, int, str], tuple[Counter, Histogram]] = {}
         self._duration = Histogram("moe_request_duration_seconds", "From admission to reply", ["model", "layer"], registry=registry, buckets=_LATENCY_BUCKETS_S)
-        self._durations: dict[tuple[str, int], Histogram] = {}
         self._wave_calls = Histogram("moe_wave_calls", "Calls that shared a dispatch", registry=registry, buckets=_WAVE_BUCKETS)
         self._wave_wait = Histogram(
             "moe_wave_wait_seconds", "How long a call waited for its dispatch to depart", registry=registry, buckets=(0.0, *_LATENCY_BUCKETS_S[:8])
         )
-        self._choices = _Tally("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry)
-        self._tokens = _Tally("moe_tokens", "Tokens of requests that succeeded", ["model"], registry)
-        self._bytes = _Tally("moe_link_bytes", "Row bytes over expert links, those of every try", ["direction"], registry)
-        for direction in ("sent", "received"):
-            self.link_bytes(direction, 0)
+        self._choices = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
+        self._choice_series: dict[tuple[str, ...], Counter] = {}
+        self._token_series: dict[tuple[str, ...], Counter] = {}
+        self._tokens = Counter("moe_tokens", "Tokens of requests that succeeded", ["model"], registry=registry)
+        self._bytes = Counter("moe_link_bytes", "Row bytes over expert links, those of every try", ["direction"], registry=registry)
+        self._bytes_by_direction = {direction: self._bytes.labels(direction) for direction in ("sent", "received")}  # looked up once, counted often
         self._retries = Counter("moe_redispatches", "Segments sent again to another copy", ["reason"], registry=registry)
         self._ejections = Counter("moe_ejections", "Expert actors that get no rows because they were lost or made no progress", registry=registry)
         self._distrusted = Gauge(
@@ -69,20 +67,24 @@ class RouterMetrics:
 
     def request_refused(self, code: str) -> None:
         """Count one call that was refused before its handler: it has no model, and no duration that says anything."""
-        self._requests.add(1, "", NO_LAYER, code)
+        self._requests.labels("", NO_LAYER, code).inc()
+
+    def _look_up(self, model: str, layer: int, code: str) -> tuple[Counter, Histogram]:
+        """Looked up once, counted often; as many as there are series."""
+        found = (self._requests.labels(model, str(layer), code), self._duration.labels(model, str(layer)))
+        self._ended[model, layer, code] = found
+        return found
 
     def request_finished(self, model: str, layer: int, code: str, duration_s: float, outcomes: Mapping[str, int], *, tokens: int = 0) -> None:
         """Count one request that ended. `model` must be one that is served, or empty: labels are bounded by what we serve, not by what is asked."""
-        self._requests.add(1, model, str(layer), code)
-        duration = self._durations.get((model, layer))
-        if duration is None:  # looked up once, observed often; as many as there are series
-            duration = self._durations[model, layer] = self._duration.labels(model, str(layer))
+        ended, duration = self._ended.get((model, layer, code)) or self._look_up(model, layer, code)
+        ended.inc()
         duration.observe(duration_s)
         for outcome, count in outcomes.items():
             if count:
-                self._choices.add(count, model, outcome)
+                _child(self._choice_series, self._choices, model, outcome).inc(count)
         if tokens:
-            self._tokens.add(tokens, model)
+            _child(self._token_series, self._tokens, model).inc(tokens)
 
     def wave_departed(self, waits_s: Sequence[float]) -> None:
         """Count one dispatch by how long each of its calls waited for it."""
@@ -92,7 +94,7 @@ class RouterMetrics:
 
     def link_bytes(self, direction: str, num_bytes: int) -> None:
         """Count row bytes; `direction` is `sent` or `received`."""
-        self._bytes.add(num_bytes, direction)
+        self._bytes_by_direction[direction].inc(num_bytes)
 
     def redispatched(self, reason: str) -> None:
         """Count a segment that went to another copy."""
@@ -141,31 +143,9 @@ class RouterMetrics:
             server.server_close()
 
 
-class _Tally(Collector):
-    """A counter as the library's own are, for what each request counts several times: a plain sum, made into series when they are asked for.
-
-    One thread adds, any may ask.
-    """
-
-    def __init__(self, name: str, text: str, labels: list[str], registry: CollectorRegistry) -> None:
-        self._family = (name, text, None, labels)
-        self._sums: dict[tuple[str, ...], int] = {}
-        self._created_s: dict[tuple[str, ...], float] = {}
-        registry.register(self)
-
-    def add(self, amount: int, *labels: str) -> None:
-        """Count so many; as many sums as there are series."""
-        if labels not in self._sums:
-            self._created_s[labels], self._sums[labels] = time.time(), 0
-        self._sums[labels] += amount
-
-    def describe(self) -> Iterator[CounterMetricFamily]:
-        """The family without its series."""
-        yield CounterMetricFamily(*self._family)
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """The series now."""
-        family = CounterMetricFamily(*self._family)
-        for labels, amount in tuple(self._sums.items()):
-            family.add_metric(labels, amount, created=self._created_s[labels])
-        yield family
+def _child(known: dict[tuple[str, ...], Counter], counter: Counter, *labels: str) -> Counter:
+    """The series of these labels: looked up once, counted often; as many as there are series."""
+    found = known.get(labels)
+    if found is None:
+        found = known[labels] = counter.labels(*labels)
+    return found

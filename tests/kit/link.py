@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from queue import SimpleQueue
 
 import numpy as np
@@ -245,3 +245,12 @@ async def serves(actor: FakeActor) -> bool:
     async with running_lanes(actor.endpoint) as lanes:
         rows = random_rows(3)
         return np.array_equal((await lanes.submit(request(actor.endpoint, rows))).rows, rows)
+
+
+@contextmanager
+def joined_ends(limit_s: float) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A router's end, which waits no longer than the limit, and an actor's."""
+    router, actor = socket.socketpair()
+    router.settimeout(limit_s)
+    with router, actor:
+        yield router, actor

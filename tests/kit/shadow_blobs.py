@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -57,6 +57,13 @@ class Expansions:
     done: list[str] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def opened(cls) -> Self:
+        """With the gate open."""
+        made = cls()
+        made.gate.set()
+        return made
 
     def __call__(self, blob: Any, device: torch.device) -> ExpertWeights:
         if threading.current_thread().name == "shadow-workspace":

@@ -99,3 +99,28 @@ async def test_a_grpcio_that_is_not_known_is_told_of_and_serves(monkeypatch: pyt
             assert ((await client.dispatch(rows, model=rig.model, layer=LAYER)).hidden_states == rows).all()
             assert takers() == 0
     assert "calls are taken in one at a time" in caplog.text
+
+
+async def test_a_call_that_does_not_end_holds_up_the_end_for_so_long_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(accepting, "END_S", 0.05)
+    endless = asyncio.create_task(asyncio.Event().wait(), name="endless")
+    with caplog.at_level(logging.WARNING):
+        async with router(EchoPipeline()) as rig:
+            rig.front._takers._tasks.add(endless)
+    await asyncio.wait([endless])
+    assert endless.cancelled()
+    assert "1 calls did not end" in caplog.text
+
+
+async def test_a_taker_that_is_lost_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def lost(_: object) -> None:
+        message = "the core is out of order"
+        raise RuntimeError(message)
+
+    async with router(EchoPipeline()) as rig:
+        with caplog.at_level(logging.ERROR):
+            monkeypatch.setattr(accepting.Takers, "_next", lost)
+            rig.front._takers._wait_for_one()
+            await until(lambda: "could not be taken" in caplog.text)
+        monkeypatch.undo()
+    assert "the core is out of order" in caplog.text

@@ -43,9 +43,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def expansions() -> Expansions:
-    made = Expansions()
-    made.gate.set()
-    return made
+    return Expansions.opened()
 
 
 @pytest.fixture

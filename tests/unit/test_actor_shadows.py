@@ -22,9 +22,7 @@ EXPANDED_MAX = 2
 
 @pytest.fixture
 def expansions() -> Expansions:
-    made = Expansions()
-    made.gate.set()
-    return made
+    return Expansions.opened()
 
 
 @pytest.fixture

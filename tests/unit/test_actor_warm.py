@@ -19,9 +19,7 @@ OK = SegmentStatus.OK
 
 @pytest.fixture
 def expansions() -> Expansions:
-    made = Expansions()
-    made.gate.set()
-    return made
+    return Expansions.opened()
 
 
 @pytest.fixture

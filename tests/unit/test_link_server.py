@@ -14,7 +14,7 @@ from cluster.core.errors import Overloaded
 from cluster.core.link_codec import MAGIC, PREFIX, encode
 from cluster.core.link_frames import Cancel, Forward, FrameStatus, Goodbye, Ping, Pong, Proof, Result, SegmentStatus
 from cluster.core.link_limits import LinkLimits
-from kit.link import RawPeer, forward_of, random_rows, request, running_actor, running_lanes, serves, until
+from kit.link import FakeActor, RawPeer, forward_of, random_rows, request, running_actor, running_lanes, serves, until
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,20 @@ async def test_stop_says_goodbye_answers_what_is_under_way_and_refuses_what_is_n
         await peer.close()
 
 
+async def stopped_in_the_middle(actor: FakeActor) -> RawPeer:
+    """A peer of a server that was stopped while a frame of it was computed."""
+    actor.compute.gate.clear()
+    peer = await RawPeer.connect(actor.endpoint)
+    await peer.prove(actor.endpoint)
+    peer.send(forward_of(1), bytes(8))
+    await until(lambda: len(actor.compute.frames) == 1)
+    await actor.server.stop("now", 0.05)
+    return peer
+
+
 async def test_stop_does_not_wait_longer_than_it_may() -> None:
     async with running_actor() as actor:
-        actor.compute.gate.clear()
-        peer = await RawPeer.connect(actor.endpoint)
-        await peer.prove(actor.endpoint)
-        peer.send(forward_of(1), bytes(8))
-        await until(lambda: len(actor.compute.frames) == 1)
-        await actor.server.stop("now", 0.05)
+        peer = await stopped_in_the_middle(actor)
         assert isinstance(await peer.read(), Goodbye)
         assert await peer.read_to_the_end() == b""
         assert actor.server.num_links == 0
@@ -197,12 +203,7 @@ async def test_a_reply_that_comes_after_the_end_is_dropped_and_harms_nobody(monk
     raised: list[object] = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
     async with running_actor() as actor:
-        actor.compute.gate.clear()
-        peer = await RawPeer.connect(actor.endpoint)
-        await peer.prove(actor.endpoint)
-        peer.send(forward_of(1), bytes(8))
-        await until(lambda: len(actor.compute.frames) == 1)
-        await actor.server.stop("now", 0.05)
+        peer = await stopped_in_the_middle(actor)
         actor.compute.gate.set()
         await asyncio.to_thread(actor.compute.close)
         assert raised == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import urllib.request
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-
 from cluster.core.errors import Overloaded
 from cluster.telemetry.metrics import OUTCOMES, RouterMetrics
 from router_service.counters import Counters
@@ -60,20 +58,6 @@ def test_a_model_that_left_the_table_has_no_series_any_more() -> None:
     values = {name: metrics.registry.get_sample_value("moe_expert_replicas", {"model": name}) for name in ("a", "b")}
     assert values == {"a": 0.0, "b": None}
     assert metrics.registry.get_sample_value("moe_experts_missing", {"model": "b"}) is None
-
-
-def test_sums_are_served_as_the_counters_of_the_library_are() -> None:
-    metrics, registry = RouterMetrics(), CollectorRegistry()
-    theirs = Counter("moe_choices", "(token, choice) pairs by how they ended", ["model", "outcome"], registry=registry)
-    for model, outcome, count in (("m", "exact", 3), ("m", "shadow", 1), ('"\\', "exact", 2), ("m", "exact", 4)):
-        theirs.labels(model, outcome).inc(count)
-        metrics.request_finished(model, 0, "OK", 0.01, {outcome: count, "omitted": 0})
-    ours = generate_latest(metrics.registry.restricted_registry(["moe_choices_total", "moe_choices_created"]))
-    assert _without_times(ours) == _without_times(generate_latest(registry))
-
-
-def _without_times(text: bytes) -> list[str]:
-    return [line.rpartition(" ")[0] if "_created{" in line else line for line in text.decode().splitlines()]
 
 
 def test_the_first_loss_of_several_is_kept_beside_the_last() -> None:

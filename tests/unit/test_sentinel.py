@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from actors.sentinel import Sentinel
+from kit.link import joined_ends
 from kit.waiting import wait_until
 
 LIMIT_S = 20.0
@@ -30,11 +31,8 @@ sys.stdin.read()
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A router's end and an actor's."""
-    router, actor = socket.socketpair()
-    router.settimeout(LIMIT_S)
-    with router, actor:
-        yield router, actor
+    with joined_ends(LIMIT_S) as both:
+        yield both
 
 
 def num_sockets(pid: int | None) -> int:

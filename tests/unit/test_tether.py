@@ -26,7 +26,7 @@ from cluster.core.link_frames import NONCE_BYTES, Challenge, Tether, Welcome, de
 from cluster.core.link_handshake import RouterSide
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint
-from kit.link import SECRET, FakeActor, RawPeer, random_rows, request, running_actor, running_lanes, serves, until
+from kit.link import SECRET, FakeActor, RawPeer, joined_ends, random_rows, request, running_actor, running_lanes, serves, until
 from kit.waiting import wait_until
 from router_service.link_client import LinkClient, LinkPhase
 
@@ -55,11 +55,8 @@ asyncio.run(serve())
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A router's end and an actor's."""
-    router, actor = socket.socketpair()
-    router.settimeout(LIMIT_S)
-    with router, actor:
-        yield router, actor
+    with joined_ends(LIMIT_S) as both:
+        yield both
 
 
 @pytest.fixture
