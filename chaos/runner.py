@@ -7,8 +7,9 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 from chaos.core.experiment import Probe
@@ -146,21 +147,25 @@ class Repetition:
             case ProbeSteadyState():
                 self._spawn(self._probe(step.when))
             case Inject():
-                self._spawn(self._inject(step.action))
+                self._spawn(self._inject(step.action), partial(InjectFailed, step.action))
             case Recover():
-                self._spawn(self._recover(step.action))
+                self._spawn(self._recover(step.action), partial(RecoverFailed, step.action))
             case RollBack():
-                self._spawn(self._roll_back(step.rollback))
+                self._spawn(self._roll_back(step.rollback), partial(RollbackMissed, step.rollback))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], failed: Callable[[str], Event] | None = None) -> None:
+        """Begin it. An error of our own ends the run; the machine is told by `failed` as well, or it would wait for this step for ever."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(lambda _: self._done(task, failed))
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[None], failed: Callable[[str], Event] | None) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._events.put_nowait(Interrupted(f"{type(error).__name__}: {error}"))
+            reason = f"{type(error).__name__}: {error}"
+            self._events.put_nowait(Interrupted(reason))
+            if failed is not None:
+                self._events.put_nowait(failed(reason))
 
     async def _probe(self, when: Literal["before", "after"]) -> None:
         """Wait until the cluster is whole, let the load run for a moment, measure. Afterwards a few moments: a busy machine may disturb the first."""

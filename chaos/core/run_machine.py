@@ -271,8 +271,9 @@ class RunMachine:
                 if seconds is not None:
                     self._until_s[event.action] = event.at_s + seconds
             case InjectFailed():
-                self._states[event.action] = _State.ACTIVE
-                self._halt(Ending.DEVIATED, f"{name}: not injected: {event.reason}")
+                if self._states[event.action] is _State.INJECTING:  # else it was injected, and something afterwards failed
+                    self._states[event.action] = _State.ACTIVE
+                    self._halt(Ending.DEVIATED, f"{name}: not injected: {event.reason}")
             case Recovered():
                 self._states[event.action] = _State.GONE
             case RecoverFailed():

@@ -75,9 +75,12 @@ def kill_tree(root: ProcessRecord, *, timeout_s: float = 10.0) -> list[ProcessRe
     """
     parent = psutil.Process(root.pid)
     parent.suspend()
-    tree = [parent, *parent.children(recursive=True)]
-    victims = [ProcessRecord(kind=process.name(), pid=process.pid, start_s=process.create_time()) for process in tree]
-    _kill(reversed(tree))
+    try:
+        tree = [parent, *parent.children(recursive=True)]
+        victims = [found for process in tree if (found := _recorded(process)) is not None]
+        _kill(reversed(tree))
+    finally:
+        _kill([parent])  # whatever went wrong: a root that stays stopped would never end
     deadline_s = time.monotonic() + timeout_s
     while running := [victim for victim in victims if is_running(victim)]:
         if time.monotonic() > deadline_s:
@@ -85,6 +88,14 @@ def kill_tree(root: ProcessRecord, *, timeout_s: float = 10.0) -> list[ProcessRe
             raise FleetError(message)
         time.sleep(POLL_S)
     return victims
+
+
+def _recorded(process: psutil.Process) -> ProcessRecord | None:
+    """Its identity, unless it has ended meanwhile."""
+    try:
+        return ProcessRecord(kind=process.name(), pid=process.pid, start_s=process.create_time())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _session(state: LocalState) -> int | None:

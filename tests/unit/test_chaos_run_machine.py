@@ -110,6 +110,13 @@ def test_what_was_half_injected_is_undone_too() -> None:
     assert machine.step(Recovered(0), 0.2) == [Finish(Ending.DEVIATED, "a: not injected: refused")]
 
 
+def test_what_fails_after_the_injection_neither_ends_it_nor_undoes_it_twice() -> None:
+    machine, _ = begun(Planned("a", 0.0), observe_s=0.0)
+    machine.step(Injected(0, 0.0), 0.0)
+    assert machine.step(InjectFailed(0, "the router was not asked"), 0.1) == []
+    assert machine.step(Recovered(0), 0.2) == [ProbeSteadyState("after")]
+
+
 def test_a_recovery_that_failed_is_a_deviation() -> None:
     machine, _ = begun(Planned("a", 0.0), observe_s=0.0)
     machine.step(Injected(0, 0.0), 0.0)

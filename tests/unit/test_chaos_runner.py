@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from chaos import runner
 from chaos.core.report import Record
+from chaos.faults.table import FAULTS
 from chaos.runner import Repetition
 from chaos.session import Session
 from kit.chaos import FakeCluster, FakeSession, action, scenario_file
@@ -131,6 +133,18 @@ async def test_an_interrupt_heals_before_it_ends(fault: str) -> None:
     assert (record.ending, record.reason) == ("INTERRUPTED", "SIGTERM")
     assert session.target.stopped == set()
     assert not any(session.target.playing.values())
+
+
+@pytest.mark.parametrize(("name", "words"), [("inject", "not injected: ZeroDivisionError"), ("recover", "not recovered: ZeroDivisionError")])
+async def test_a_fault_that_fails_in_a_way_that_nobody_foresaw_ends_the_run_all_the_same(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(FAULTS, "kill_actor", replace(FAULTS["kill_actor"], **{name: breaks}))
+    async with asyncio.timeout(30.0):
+        record = await run(FakeSession(), method=[action()])
+    assert record.ending == "INTERRUPTED"
+    assert words in record.reason
 
 
 async def test_an_injection_that_fails_half_way_is_undone() -> None:

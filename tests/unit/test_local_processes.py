@@ -203,6 +203,34 @@ def test_the_caller_s_own_ray_settings_reach_neither_servers_nor_clients(tmp_pat
     assert processes.MARKER_VARIABLE not in clients
 
 
+def test_a_root_never_stays_stopped_whatever_happens_while_its_tree_is_listed(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    raylet = spawn()
+    first_line(raylet)
+    root = processes.record("raylet", raylet.pid)
+
+    def breaks(_: psutil.Process) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(psutil.Process, "name", breaks)
+    with pytest.raises(ZeroDivisionError):
+        processes.kill_tree(root)
+    assert raylet.wait(10.0) == -signal.SIGKILL
+
+
+def test_what_ends_while_the_tree_is_listed_is_no_victim_and_no_trouble(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    raylet = spawn(WITH_CHILD)
+    child, name_of = int(first_line(raylet)), psutil.Process.name
+
+    def gone(self: psutil.Process) -> str:
+        if self.pid == child:
+            self.kill()
+            raise psutil.NoSuchProcess(child)
+        return name_of(self)
+
+    monkeypatch.setattr(psutil.Process, "name", gone)
+    assert [victim.pid for victim in processes.kill_tree(processes.record("raylet", raylet.pid))] == [raylet.pid]
+
+
 def test_a_node_is_killed_with_all_that_it_started_and_nothing_else(spawn: Spawn) -> None:
     raylet, other = spawn(WITH_CHILD), spawn()
     child, _ = int(first_line(raylet)), first_line(other)
