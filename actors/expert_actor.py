@@ -26,7 +26,7 @@ from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.link_frames import Cool, Warm, fault_token_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.status import ActorReport, CommandReply
-from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward
 from cluster.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ class ExpertActor:
 
     def _open_runtime(self, tracing: Tracing, node_id: str, max_links: int) -> tuple[ExpertRuntime, FaultPort | None]:
         import_quietly("torch", "actors.expert_runtime")
+        if self._config.niceness is not None:  # before there are threads that shall give way
+            come_forward(self._config.niceness)
         import torch
 
         from actors.device import choose_device

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from typing import Final
 
-from cluster.scheduling import give_way
-
-NICENESS: Final = 10
+from cluster.scheduling import START_NICENESS, give_way
 
 
 def import_quietly(*modules: str) -> None:
@@ -20,7 +17,7 @@ def import_quietly(*modules: str) -> None:
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    give_way(NICENESS)
+    give_way(START_NICENESS)
     with contextlib.suppress(ImportError):
         for name in modules:
             importlib.import_module(name)

@@ -17,6 +17,7 @@ from cluster.core.errors import StaleTable
 from cluster.core.launch import Launch
 from cluster.core.spec import ControlSpec, StoreSpec
 from cluster.fleet import Fleet
+from cluster.scheduling import come_forward
 from cluster.store import ControlStore
 
 LOG = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class ControllerSettings:
     """What the controller needs before it has a goal: where it listens and keeps its records, and the deployment's secrets.
 
     `port` 0 takes the recorded port, else a free one. `control` and `store` are the spec's sections that all this was made from: a later goal
-    that has them otherwise is told so. The secrets reach the process as constructor arguments and appear in no log.
+    that has them otherwise is told so. `niceness` is what the process comes forward to, where it may. The secrets reach the process as constructor
+    arguments and appear in no log.
     """
 
     deployment: str
@@ -44,6 +46,7 @@ class ControllerSettings:
     observe_timeout_s: float = 5.0
     control: ControlSpec | None = None
     store: StoreSpec | None = None
+    niceness: int | None = None
 
     def __repr__(self) -> str:
         return f"ControllerSettings({self.deployment!r}, {self.host!r}, port={self.port}, state_dir={str(self.state_dir)!r}, secrets=...)"
@@ -76,6 +79,8 @@ class ControllerActor:
 
     async def _start(self) -> _Running:
         settings = self._settings
+        if settings.niceness is not None:
+            come_forward(settings.niceness)
         async with contextlib.AsyncExitStack() as opened:  # what was opened is closed again when a later part fails
             store = ControlStore(settings.state_dir)
             opened.callback(store.close)

@@ -22,7 +22,7 @@ import uvloop
 from cluster.core.actor_config import RouterConfig
 from cluster.core.status import RouterObservation
 from cluster.heap import settle_heap
-from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward
 from router_service.models import GateStore
 from router_service.server import RouterActor, RouterSecrets
 
@@ -43,13 +43,14 @@ class RouterHost:
         self._router = RouterActor(config, secrets, store=store, on_fault=self._leave)
         self._leave_process = leave_process
         self._drain_timeout_s = config.spec.router.drain_timeout_s
-        self._has_short_slices = config.spec.scheduling.short_slices
+        self._scheduling = config.spec.scheduling
         self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="router-loop", daemon=True)
 
     async def start(self, node_id: str) -> RouterObservation:
         """As `RouterActor.start`."""
         if self._thread.ident is None:
+            come_forward(self._scheduling.niceness)
             self._thread.start()
             _before_exit(self._stop_at_exit)
         observation = await self._there(self._router.start(node_id))
@@ -68,7 +69,7 @@ class RouterHost:
             await asyncio.to_thread(self._thread.join, EXIT_MARGIN_S)
 
     def _run(self) -> None:
-        if self._has_short_slices:  # and so have the threads that gRPC and the executor start from here
+        if self._scheduling.short_slices:  # and so have the threads that gRPC and the executor start from here
             ask_for_slices(SHORT_SLICE_NS)
         self._loop.run_forever()
 

@@ -50,6 +50,7 @@ class ExpertActorConfig(_Config):
     chaos_allowed: bool = False
     sentinel: bool = False
     short_slices: bool = False
+    niceness: int | None = None
     compute_niceness: int = 0
     code_digest: str = ""
     telemetry: TelemetryConfig = TelemetryConfig()

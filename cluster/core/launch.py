@@ -54,6 +54,7 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         chaos_allowed=spec.chaos == "allowed",
         sentinel=actors.sentinel,
         short_slices=spec.scheduling.short_slices,
+        niceness=spec.scheduling.niceness,
         compute_niceness=spec.scheduling.compute_niceness,
         code_digest=launch.code_digest,
         telemetry=TelemetryConfig(

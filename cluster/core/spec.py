@@ -183,6 +183,13 @@ class SchedulingSpec(_Section):
     """What the kernel is told where processes share cores: threads that answer go before those that compute. Linux; elsewhere nothing is said."""
 
     short_slices: bool = Field(default=True, description="routers and links run sooner when they wake, for no more of a core (Linux 6.12 and later)")
+    niceness: int = Field(
+        0,
+        ge=0,
+        le=19,
+        description="of processes that serve, where the system lets them go there (root, CAP_SYS_NICE, RLIMIT_NICE); until then they have what Ray starts"
+        " workers with, RAY_worker_niceness, so that a process that starts takes little from those that answer",
+    )
     compute_niceness: int = Field(
         0,
         ge=0,

@@ -87,7 +87,8 @@ def deploy(spec: ClusterSpec, progress: Progress, *, replace: bool, wait_s: floa
     for difference in differences:
         progress.say(f"differs, replaced only with --replace: {difference}")
     status = _wait_until_serving(controller, progress, revision=revision, deadline_s=time.monotonic() + wait_s)
-    for warning in machine_warnings(status["actors"], ray.nodes(), worker_niceness(actor["pid"] for actor in status["actors"] if actor["pid"])):
+    niceness = worker_niceness((actor["pid"] for actor in status["actors"] if actor["pid"]), spec.scheduling.niceness)
+    for warning in machine_warnings(status["actors"], ray.nodes(), niceness if niceness > spec.scheduling.niceness else 0):
         progress.say(warning)
     address = next(router["address"] for router in status["routers"] if router["state"] == "ready")
     trouble = "" if status["state"] == "SERVING" else status["message"] or "something was lost and is not back"
@@ -177,6 +178,7 @@ def _start_controller(spec: ClusterSpec, head: _Head, prepared: Prepared, digest
         observe_timeout_s=spec.control.observe_timeout_s,
         control=spec.control,
         store=spec.store,
+        niceness=spec.scheduling.niceness,
     )
     options = ray.remote(ControllerActor).options(
         name=CONTROLLER,

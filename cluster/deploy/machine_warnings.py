@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from cluster.scheduling import may_come_forward
+
 ACTOR_TITLE = "ExpertActor"
 
 
@@ -22,7 +24,10 @@ def machine_warnings(actors: Sequence[Mapping[str, Any]], nodes: Sequence[Mappin
     """
     warnings = []
     if niceness > 0:
-        warnings.append(f"warning: expert actors run at niceness {niceness} and starve beside any other load; start Ray's nodes with RAY_worker_niceness=0")
+        warnings.append(
+            f"warning: expert actors run at niceness {niceness} and starve beside any other load; start Ray's nodes with RAY_worker_niceness=0, or with"
+            " CAP_SYS_NICE, with which they come forward by themselves"
+        )
     for host, (threads, cores) in _busy_hosts(actors, nodes).items():
         if threads > cores:
             warnings.append(
@@ -42,9 +47,13 @@ def _busy_hosts(actors: Iterable[Mapping[str, Any]], nodes: Iterable[Mapping[str
     return {host: (count, cores[host]) for host, count in threads.items()}
 
 
-def worker_niceness(pids: Iterable[int]) -> int:
-    """The highest niceness of these expert actors, as far as they run on this machine, and of this process, which as a job has that of Ray's workers."""
-    found = [os.getpriority(os.PRIO_PROCESS, 0)]
+def worker_niceness(pids: Iterable[int], asked: int = 0) -> int:
+    """The highest niceness of these expert actors, as far as they run on this machine, and of those elsewhere, as far as this process can tell.
+
+    As a job it has that of Ray's workers, and where it may come forward to what is asked for, so may they.
+    """
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    found = [own if own <= asked or not may_come_forward(asked) else asked]
     for pid in pids:
         try:
             process = psutil.Process(pid)

@@ -15,6 +15,7 @@ from cluster.local import processes
 from cluster.local.cluster import LocalCluster
 from cluster.local.run_folder import NodeRecord, RunFolder
 from cluster.local.settings import LocalSettings, server_environment
+from cluster.scheduling import START_NICENESS, come_forward, give_way, may_come_forward
 
 LIMIT_S = 120.0
 
@@ -61,8 +62,11 @@ def main() -> None:
         raise FleetError(message)
     from cluster.local.ray_nodes import LocalRay
 
+    if may_come_forward():  # until it runs: a node's agents import for seconds beside nodes that answer
+        give_way(START_NICENESS)
     ray = LocalRay(_settings(cluster, _find(cluster, name)), cluster.state.temp_dir, gcs_address=cluster.state.gcs_address)
     started = ray.start_node(name)
+    come_forward(0, started.raylet.pid)
     with folder.locked():
         state = folder.read()
         if state is None:

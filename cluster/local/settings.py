@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cluster.local.processes import MARKER_VARIABLE
+from cluster.scheduling import START_NICENESS, may_come_forward
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 OBJECT_STORE_BYTES = 80 << 20
@@ -31,7 +32,6 @@ class LocalSettings(BaseModel):
 
 
 RAY_CONFIG = {
-    "worker_niceness": "0",  # the default of 15 starves experts beside any load generator
     "enable_worker_prestart": "0",
     "prestart_worker_first_driver": "0",
     "memory_monitor_refresh_ms": "0",  # it would pick an expert when the developer's browser fills the memory
@@ -47,7 +47,9 @@ RAY_CONFIG = {
 def server_environment(settings: LocalSettings, *, marker: str, run_dir: Path, token_path: Path, temp_dir: Path) -> dict[str, str]:
     """The environment of the cluster's processes: nothing of the caller's own Ray, our interpreter first, our packages importable."""
     environment = _without_ray(os.environ)
-    for name, value in (RAY_CONFIG | settings.ray_config).items():
+    # What serves comes forward when it is ready, where it may; Ray's default of 15 would starve it beside any load generator where it may not.
+    niceness = {"worker_niceness": str(START_NICENESS if may_come_forward() else 0)}
+    for name, value in (RAY_CONFIG | niceness | settings.ray_config).items():
         environment[f"RAY_{name}"] = value
     environment["RAY_AUTH_TOKEN_PATH"] = str(token_path)
     environment["RAY_TMPDIR"] = str(temp_dir)

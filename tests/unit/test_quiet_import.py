@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.quiet_import import NICENESS, import_quietly
+from actors.quiet_import import import_quietly
+from cluster.scheduling import START_NICENESS
 
 MODULE = """
 import os, threading
@@ -21,7 +22,7 @@ def test_a_module_is_imported_at_low_priority_and_the_caller_keeps_its_own(tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     import_quietly("says_its_niceness")
-    assert sys.modules["says_its_niceness"].found == max(NICENESS, before)
+    assert sys.modules["says_its_niceness"].found == max(START_NICENESS, before)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 

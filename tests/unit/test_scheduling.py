@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster import scheduling
-from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, give_way
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward, give_way, may_come_forward
 
 LINUX = sys.platform == "linux"
 
@@ -70,3 +71,62 @@ def test_who_gives_way_does_so_alone_and_never_comes_back() -> None:
     wanted = max(7, before)
     assert in_a_thread(twice) == [wanted, wanted]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+# Another thread and its main one at two priorities; then what it was told to come forward to, and where both are.
+CHILD = """
+import os, sys, threading
+from cluster.scheduling import come_forward, give_way
+give_way(9)
+done = threading.Event()
+other = threading.Thread(target=lambda: (give_way(12), ready.set(), done.wait()))
+ready = threading.Event()
+other.start()
+ready.wait()
+if sys.argv[1] == "itself":
+    come_forward(4)
+else:
+    print("up", flush=True)
+    sys.stdin.readline()
+print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.getpriority(os.PRIO_PROCESS, other.native_id))
+done.set()
+"""
+
+
+@pytest.mark.skipif(not LINUX or not may_come_forward(4), reason="this user may not raise a priority (root may)")
+@pytest.mark.parametrize("who", ["itself", "another"])
+def test_who_comes_forward_does_so_with_every_thread(who: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", CHILD, who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        if who == "another":
+            assert child.stdout.readline() == "up\n"
+            assert come_forward(4, child.pid)
+            child.stdin.write("\n")
+            child.stdin.flush()
+        assert child.stdout.readline() == "4 4\n"
+
+
+def test_whoever_is_there_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "setpriority", lambda *_: pytest.fail("a priority was changed"))
+    assert in_a_thread(lambda: come_forward(19)) is LINUX
+
+
+@pytest.mark.skipif(not LINUX, reason="threads have a priority of their own on Linux only")
+def test_where_the_system_refuses_it_is_known_beforehand_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = os.setpriority
+
+    def only_lower(which: int, who: int, niceness: int) -> None:
+        if niceness < os.getpriority(which, who):
+            raise PermissionError
+        lower(which, who, niceness)
+
+    monkeypatch.setattr(os, "setpriority", only_lower)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert not may_come_forward(own)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+    assert not in_a_thread(lambda: (give_way(own + 1), come_forward(own))[1])
+
+
+def test_a_process_that_is_gone_does_not_come_forward() -> None:
+    assert not come_forward(0, 2**22 + 1)
