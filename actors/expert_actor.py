@@ -26,7 +26,7 @@ from cluster.core.ids import CopyId, ExpertId, Role
 from cluster.core.link_frames import Cool, Warm, fault_token_of
 from cluster.core.link_limits import LinkLimits
 from cluster.core.status import ActorReport, CommandReply
-from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward, go_before_others
 from cluster.telemetry.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class ExpertActor:
                 self._running = await self._start(node_id, self._config.link_host or node_address or own_address())
                 if self._config.short_slices:  # last: threads that were started before, as the computing one, have none
                     ask_for_slices(SHORT_SLICE_NS)
+                if self._config.answering_niceness is not None:
+                    go_before_others(self._config.answering_niceness)
         return self._report(self._running)
 
     async def _start(self, node_id: str, host: str) -> _Running:

@@ -50,6 +50,8 @@ class LocalTarget:
         self._channel = grpc.insecure_channel(connection.control_address, options=(("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 500)))
         self._method = self._channel.unary_unary(STATUS_PATH, pb.GetClusterStatusRequest.SerializeToString, pb.GetClusterStatusResponse.FromString)
         self._is_ours = False  # known once a controller answered; from then on one may be gone for a while, killed on purpose
+        self._members: dict[int, psutil.Process] = {}
+        self._controller: Process | None = None
         self._named: set[Process] = set()
         self._stopped: set[Process] = set()
         self._dead_man = DeadMan()
@@ -87,22 +89,22 @@ class LocalTarget:
 
         Raises ConfigError when who answers as the controller is none of them: the connection then points to another cluster.
         """
-        status, members = self.status(), {process.pid: process for process in processes.members(self._state())}
+        status = self.status()
+        ready = [actor for actor in status.actors if actor.state == "ready"]
         routed = {router.node_id for router in status.routers if router.pid}
-        controller = _listener(self.connection.control_address, members)
-        if controller is None and not self._is_ours:
+        members = self._found({actor.pid for actor in ready} | {router.pid for router in status.routers if router.pid})
+        if self._controller is None and not self._is_ours:
             message = (
                 f"the controller at {self.connection.control_address} is no process of the local cluster in {self.cluster.folder.path}: the connection "
                 "points to another cluster, and chaos strikes no other; give the --run-dir of the cluster that is meant"
             )
             raise ConfigError(message)
         self._is_ours = True
-        ready = [(actor, _process(actor.actor_id, actor.pid, members)) for actor in status.actors if actor.state == "ready"]
         found = Inventory(
-            actors=tuple(_actor(actor, process) for actor, process in ready if process is not None),
+            actors=tuple(_actor(actor, process) for actor in ready if (process := _process(actor.actor_id, actor.pid, members)) is not None),
             nodes=tuple(NodeView(node.node_id, node.name, node.name != HEAD and node.node_id not in routed) for node in status.nodes if node.alive),
             routers=tuple(process for router in status.routers if router.pid and (process := _process("router", router.pid, members)) is not None),
-            controller=controller,
+            controller=self._controller,
             rates={ExpertId(rate.model, rate.layer, rate.index): rate.tokens_per_s for rate in status.rates},
         )
         self._named |= found.processes
@@ -159,6 +161,20 @@ class LocalTarget:
     async def ask(self, actor: ActorView, fault: str, settings: dict[str, Any]) -> str:
         """Send a fault frame to an actor."""
         return await FaultPort(actor.incarnation, actor.address, self._link_secret()).ask(fault, settings)
+
+    def _found(self, pids: set[int]) -> dict[int, psutil.Process]:
+        """The local cluster's own processes, looked for again only when one of these is not among them or the controller is gone.
+
+        A recovery asks four times a second, and looking through all processes would take the cores that it is to be measured on.
+        """
+        if not all(pid in self._members and self._members[pid].is_running() for pid in pids):
+            self._members = {process.pid: process for process in processes.members(self._state())}
+        if self._controller is None or not self.is_alive(self._controller):
+            self._controller = _listener(self.connection.control_address, self._members)
+            if self._controller is None:  # a new one may have started since
+                self._members = {process.pid: process for process in processes.members(self._state())}
+                self._controller = _listener(self.connection.control_address, self._members)
+        return self._members
 
     def _signal(self, process: Process, number: signal.Signals) -> None:
         self._check(process)
@@ -231,11 +247,11 @@ def _state_dir(connection: Connection) -> Path:
     return connection.control_token_path.parent
 
 
-def _process(what: str, pid: int, members: Mapping[int, psutil.Process]) -> Process | None:
+def _process(what: str, pid: int | None, members: Mapping[int, psutil.Process]) -> Process | None:
     """A process of the status by id and start time; None for one that is not of this local cluster."""
-    found = members.get(pid)
+    found = None if pid is None else members.get(pid)
     try:
-        return None if found is None else Process(what, pid, found.create_time())
+        return None if found is None else Process(what, found.pid, found.create_time())
     except psutil.Error:
         return None
 
@@ -243,12 +259,9 @@ def _process(what: str, pid: int, members: Mapping[int, psutil.Process]) -> Proc
 def _listener(address: str, members: Mapping[int, psutil.Process]) -> Process | None:
     """The process that listens on the control service's own address: the controller."""
     port = int(address.rpartition(":")[2] or 0)
-    for process in members.values():
-        try:
-            if any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in process.net_connections("tcp")):
-                return Process("controller", process.pid, process.create_time())
-        except psutil.Error:
-            continue
+    for found in psutil.net_connections("tcp"):
+        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid in members:
+            return _process("controller", found.pid, members)
     return None
 
 

@@ -11,7 +11,7 @@ from cluster.core.errors import MoeError
 from cluster.core.ids import ExpertId, Incarnation
 from router_service.client import RouterClient, RoutingTableInfo
 
-QUICK_S = 0.02
+QUICK_S = 0.05
 SLOW_S = 0.2
 ASK_LIMIT_S = 0.5
 MAX_SAMPLES = 200_000

@@ -17,7 +17,7 @@ from cluster.core.errors import StaleTable
 from cluster.core.launch import Launch
 from cluster.core.spec import ControlSpec, StoreSpec
 from cluster.fleet import Fleet
-from cluster.scheduling import come_forward
+from cluster.scheduling import CONTROL_NICENESS, come_forward
 from cluster.store import ControlStore
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class ControllerSettings:
     """What the controller needs before it has a goal: where it listens and keeps its records, and the deployment's secrets.
 
     `port` 0 takes the recorded port, else a free one. `control` and `store` are the spec's sections that all this was made from: a later goal
-    that has them otherwise is told so. `niceness` is what the process comes forward to, where it may. The secrets reach the process as constructor
+    that has them otherwise is told so. `niceness` is that of processes that serve; this one stays a little behind. The secrets reach the process as constructor
     arguments and appear in no log.
     """
 
@@ -80,7 +80,7 @@ class ControllerActor:
     async def _start(self) -> _Running:
         settings = self._settings
         if settings.niceness is not None:
-            come_forward(settings.niceness)
+            come_forward(max(settings.niceness, CONTROL_NICENESS))
         async with contextlib.AsyncExitStack() as opened:  # what was opened is closed again when a later part fails
             store = ControlStore(settings.state_dir)
             opened.callback(store.close)

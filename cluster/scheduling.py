@@ -23,6 +23,8 @@ from typing import Final
 
 # Of a process that starts beside those that answer: its imports alone take seconds of a core.
 START_NICENESS: Final = 10
+# Of one that decides what is mended, while others answer.
+CONTROL_NICENESS: Final = 5
 SHORT_SLICE_NS: Final = 100_000
 # sched_setattr and sched_getattr, which the C library has no names for on every system that we run on.
 _CALLS: Final = {"x86_64": (314, 315), "aarch64": (274, 275)}
@@ -65,6 +67,11 @@ def come_forward(niceness: int, pid: int | None = None) -> bool:
     except OSError:
         return False
     return not [thread for thread in threads if not _brought_up(thread, niceness)]
+
+
+def go_before_others(niceness: int) -> bool:
+    """Bring the calling thread alone, and those that it will start, up to this; as `come_forward`."""
+    return _brought_up(threading.get_native_id(), niceness)
 
 
 def may_come_forward(niceness: int = 0) -> bool:

@@ -50,7 +50,7 @@ class RouterHost:
     async def start(self, node_id: str) -> RouterObservation:
         """As `RouterActor.start`."""
         if self._thread.ident is None:
-            come_forward(self._scheduling.niceness)
+            come_forward(min(self._scheduling.niceness, self._scheduling.answering_niceness))
             self._thread.start()
             _before_exit(self._stop_at_exit)
         observation = await self._there(self._router.start(node_id))

@@ -51,6 +51,7 @@ class ExpertActorConfig(_Config):
     sentinel: bool = False
     short_slices: bool = False
     niceness: int | None = None
+    answering_niceness: int | None = None
     compute_niceness: int = 0
     code_digest: str = ""
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -55,6 +55,7 @@ def actor_config(spec: ClusterSpec, launch: Launch, incarnation: Incarnation, nu
         sentinel=actors.sentinel,
         short_slices=spec.scheduling.short_slices,
         niceness=spec.scheduling.niceness,
+        answering_niceness=spec.scheduling.answering_niceness,
         compute_niceness=spec.scheduling.compute_niceness,
         code_digest=launch.code_digest,
         telemetry=TelemetryConfig(

@@ -190,6 +190,13 @@ class SchedulingSpec(_Section):
         description="of processes that serve, where the system lets them go there (root, CAP_SYS_NICE, RLIMIT_NICE); until then they have what Ray starts"
         " workers with, RAY_worker_niceness, so that a process that starts takes little from those that answer",
     )
+    answering_niceness: int = Field(
+        -5,
+        ge=-20,
+        le=19,
+        description="of routers and of the threads of actors that answer, where the system lets them go there and this is less than `niceness`: what they do"
+        " is short, and whatever waits for it, refusals too, waits for threads that compute",
+    )
     compute_niceness: int = Field(
         0,
         ge=0,

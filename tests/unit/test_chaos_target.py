@@ -119,6 +119,8 @@ def test_only_processes_of_this_cluster_are_taken_from_the_status(
     assert {process.pid for process in inventory.processes} == {controller.pid}
     with pytest.raises(ConfigError, match="was not named by the status of d"):
         found.kill(process_of(stranger, "actor-1"))
+    controller.kill()
+    controller.wait()
     answering(found, monkeypatch, [], [])
     assert found.inventory().controller is None  # it has answered as ours before: now it is only gone
     found.close()
