@@ -1,6 +1,8 @@
 """Replays kept replies: each must be what its own plan gives, bit for bit, with the weights that the nodes' stores hold under the plan's digests.
 
-Kernels may round a bf16 row otherwise when it is merged with rows of other callers: seldom, and of small experts. Such a reply counts as wrong here.
+Kernels may round a bf16 row otherwise when it is merged with rows of other callers: seldom, and of small experts. Such a reply counts as wrong here, since a
+plan does not tell what its rows were merged with, and any tolerance would pass a flipped low bit, too. How far it is off is said beside it: one step of
+bf16 in a few numbers is what rounding looks like.
 """
 
 from __future__ import annotations
@@ -60,10 +62,11 @@ class Checker:
         except (MoeError, OSError, KeyError, ValueError) as error:
             self.reasons[name] = f"{type(error).__name__}: {error}"
             return None
-        bad_T = (again_TD.view(torch.uint16).numpy() != arrays["rows"]).any(axis=1)
-        if bad_T.any():
-            self.reasons[name] = _difference(plan, bad_T)
-        return not bad_T.any()
+        right_TD, found_TD = again_TD.view(torch.uint16).numpy(), arrays["rows"]
+        if np.array_equal(right_TD, found_TD):
+            return True
+        self.reasons[name] = _difference(plan, right_TD, found_TD)
+        return False
 
     def _load(self, digest: str) -> FallbackWeights:
         from actors.expert_store import ExpertStore
@@ -76,12 +79,22 @@ class Checker:
         raise NotFound(message, resource="expert version", name=digest[:12])
 
 
-def _difference(plan: Plan, bad_T: NDArray[np.bool_]) -> str:
-    """Which rows a reply has otherwise than its plan, and who answered for them: what a search for the cause begins with."""
+def _difference(plan: Plan, right_TD: NDArray[np.uint16], found_TD: NDArray[np.uint16]) -> str:
+    """Which rows a reply has otherwise than its plan, how far off, and who answered for them: what a search for the cause begins with."""
+    bad_TD = right_TD != found_TD
+    bad_T = bad_TD.any(axis=1)
+    most = np.abs(_steps(right_TD) - _steps(found_TD)).max()
     answered = {
         f"{expert} by {OUTCOME_NAMES[Outcome(outcome)]} of generation {generation}, attempt {attempt}"
         for expert, outcome, generation, attempt in zip(
             *(array[bad_T].ravel().tolist() for array in (plan.expert_ids, plan.outcomes, plan.generations, plan.attempts)), strict=True
         )
     }
-    return f"rows {np.flatnonzero(bad_T).tolist()} of {bad_T.size} differ from what the plan gives; experts there: {'; '.join(sorted(answered))}"
+    where = f"rows {np.flatnonzero(bad_T).tolist()} of {bad_T.size} differ from what the plan gives"
+    return f"{where}, in {bad_TD.sum()} numbers by {most} steps of bf16 at most; experts there: {'; '.join(sorted(answered))}"
+
+
+def _steps(bits: NDArray[np.uint16]) -> NDArray[np.int32]:
+    """Where bf16 numbers stand in their order, 0 in the middle: neighbours are one step apart."""
+    size = (bits & 0x7FFF).astype(np.int32)
+    return np.where(bits & 0x8000, -size, size)

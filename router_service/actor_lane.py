@@ -15,7 +15,8 @@ from cluster.core.link_frames import Cool, Pong, Result, Warm
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint
 from router_service.core.balance import Pace
-from router_service.core.batching import Lane, LaneLimits, PieceRows, TokenBudget
+from router_service.core.batching import Lane, LaneLimits, PieceRows
+from router_service.core.runs import TokenBudget
 from router_service.core.segment_offer import offer_of
 from router_service.core.segments import OnEnd, Rows, SegmentReply, SegmentRequest, Withdraw
 from router_service.core.verdicts import State

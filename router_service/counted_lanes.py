@@ -21,14 +21,14 @@ class CountedLanes:
         self._loads: Counter[ExpertId] = Counter()
 
     def begin(self, request: SegmentRequest, on_end: OnEnd) -> Withdraw:
-        """Begin, and count the rows once: a further try of the same segment is no new load."""
-        if request.attempt == 0:
+        """Begin, and count the rows once: neither a further try of the same segment nor rows that are dispatched again are new load."""
+        if request.attempt:
+            self._metrics.redispatched("hedge" if request.is_hedge else "failover")
+        elif not request.is_again:
             self._loads[request.expert] += len(request.rows)
             if self._expert_series:
                 expert = request.expert
                 self._metrics.expert_tokens(expert.model, expert.layer, {expert.index: len(request.rows)})
-        else:
-            self._metrics.redispatched("hedge" if request.is_hedge else "failover")
         return self._lanes.begin(request, on_end)
 
     def burden(self, actor_id: str) -> float:

@@ -308,6 +308,7 @@ class _UnderWay:
                 traceparent=traceparent,
                 flow=id(self),
                 is_hedge=order.why is Why.HEDGE,
+                is_again=job.is_again,
             )
             if desk.hedging is not None and order.why is not Why.HEDGE:  # hedges were charged
                 is_first = order.why is Why.FIRST and not job.is_again

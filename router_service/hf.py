@@ -4,6 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moelastic")
     model.generate(...)
 
+Importing this module makes the twin known; the cluster has to be registered, before a model is loaded.
 A model that names moelastic loads without its expert weights; any other model in the process loads as always. Attention, norms, gates and shared
 experts stay local, so the choices are the model's own. Inference only: a backward pass raises InferenceOnly.
 
@@ -33,7 +34,7 @@ from router_service.client import ModelInfo, RouterClient
 from router_service.hf_loading import install, layer_of, stamp_layers
 from router_service.hf_reference import reference_experts
 
-__all__ = ["REFERENCE", "ClusterExperts", "Usage", "register_cluster_experts", "register_reference", "stamp_layers"]
+__all__ = ["REFERENCE", "ClusterExperts", "Usage", "register_cluster_experts", "stamp_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ REFERENCE: Final = "moelastic_reference"
 _DTYPES: Final = {torch.bfloat16: DType.BF16, torch.float16: DType.FP16, torch.float32: DType.FP32}
 _MESSAGE_SHARE: Final = 0.9
 _remote: Final[dict[str | None, ClusterExperts]] = {}
+ALL_EXPERTS_FUNCTIONS.register(REFERENCE, reference_experts)
 
 
 @dataclass
@@ -190,13 +192,7 @@ def register_cluster_experts(
     _remote[name] = experts
     install(_remote.__contains__)
     ALL_EXPERTS_FUNCTIONS.register(name, torch.compiler.disable(_caller(name)))  # type: ignore[no-untyped-call]
-    register_reference()
     return experts
-
-
-def register_reference() -> None:
-    """Make `experts_implementation="moelastic_reference"` mean the twin: the cluster's own arithmetic on weights loaded in this process."""
-    ALL_EXPERTS_FUNCTIONS.register(REFERENCE, reference_experts)
 
 
 def _caller(name: str) -> Callable[..., torch.Tensor]:

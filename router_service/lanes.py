@@ -13,7 +13,7 @@ from cluster.core.link_frames import derive_link_key
 from cluster.core.link_limits import LinkLimits
 from cluster.core.routing_table import ActorEndpoint, RoutingTable
 from router_service.actor_lane import ActorLane, LinkState, nothing
-from router_service.core.batching import TokenBudget
+from router_service.core.runs import TokenBudget
 from router_service.core.segments import OnEnd, SegmentReply, SegmentRequest, Withdraw
 from router_service.lane_watch import LaneWatch, NoWatch
 

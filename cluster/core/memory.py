@@ -99,6 +99,14 @@ class Accusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Following:
+    """Routers that still look for the controller where it was: how many, and since when there are so many."""
+
+    num_routers: int
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """All of it. `generation` and `epoch` are the highest given so far; `replacing` names the actor that `replace` is at.
 
@@ -132,6 +140,7 @@ class Memory:
     first_seen_s: Mapping[Incarnation, float] = field(default_factory=dict)
     unreachable_since_s: Mapping[Incarnation, float] = field(default_factory=dict)
     router_epochs: Mapping[str, int] = field(default_factory=dict)
+    following: Following | None = None
     doubts: Mapping[Incarnation, Doubt] = field(default_factory=dict)
     condemned: Mapping[Incarnation, str] = field(default_factory=dict)
     killed_s: tuple[float, ...] = ()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from cluster.core.actions import Action, StartRouter, StopRouter
 from cluster.core.actor_config import router_ids
 from cluster.core.launch import Launch, router_digest
 from cluster.core.lifecycle import hung_router, router_life, running_routers
-from cluster.core.memory import Memory, RouterRecord, with_failure
+from cluster.core.memory import Following, Memory, RouterRecord, with_failure
 from cluster.core.spec import ClusterSpec
 from cluster.core.status import ActorState, FleetObservation, NodeObservation, RouterObservation
+
+STARTS_WAITED_FOR: Final = 2
+"""A router on its last table waits for another one to use up `actors.start_timeout_s` so many times. Then callers have nobody for a moment: later they might
+have nobody at all, since actors that such a table names leave one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class _Step:
 
     def plan(self, *, has_copies: bool, replace_differing: bool) -> RouterPlan:
         wanted = router_ids(self.spec)
+        self._track_following(wanted)
         stops: list[StopRouter] = []
         differences: list[str] = []
         for router_id in wanted:
@@ -69,11 +75,8 @@ class _Step:
             running = router_id in self.running
             if router is not None and running and (trouble := hung_router(router, self.spec, self.memory, self.now_s)):
                 stops.append(StopRouter(router_id, trouble))
-            elif record is not None and running and record.control_address not in ("", self.launch.control_address):
-                if not self._is_ready(router_id) or (not stops and self._can_spare(router_id)):
-                    stops.append(StopRouter(router_id, "the controller listens elsewhere now"))
-                else:
-                    self.notes.append(f"{router_id} serves on its last table, and is replaced once the others are ready: the controller listens elsewhere now")
+            elif self._must_follow(router_id):
+                stops += self._follow(router_id, is_first=not stops)
             elif record is not None and record.digest != self.digest and running:
                 differences.append(f"{router_id} runs with another config or code" + ("" if record.digest else ", or the same: it was taken over"))
                 if replace_differing and not stops and self._can_spare(router_id):
@@ -85,6 +88,29 @@ class _Step:
         stops += [StopRouter(name, "not wanted") for name in sorted(self.running.difference(wanted))]
         self.actions += [stop for stop in stops if self.memory.may_try(stop.key, self.now_s)]
         return RouterPlan(self.memory, tuple(self.actions), tuple(self.notes), tuple(differences))
+
+    def _must_follow(self, router_id: str) -> bool:
+        """Whether a router runs that hears nothing any more, since it looks for the controller where it was."""
+        record = self.memory.routers.get(router_id)
+        return record is not None and router_id in self.running and record.control_address not in ("", self.launch.control_address)
+
+    def _track_following(self, wanted: Sequence[str]) -> None:
+        """Whoever has followed begins the wait of the others anew: that one now has to become ready."""
+        known, num_routers = self.memory.following, sum(map(self._must_follow, wanted))
+        if known is None or known.num_routers != num_routers:
+            known = Following(num_routers, self.now_s) if num_routers else None
+        self.memory = replace(self.memory, following=known)
+
+    def _follow(self, router_id: str, *, is_first: bool) -> list[StopRouter]:
+        """Have a router replaced that must follow: one that is ready once it can be spared, or has waited for that long enough; none beside another."""
+        moved, following = "the controller listens elsewhere now", self.memory.following
+        if not self._is_ready(router_id) or (is_first and self._can_spare(router_id)):
+            return [StopRouter(router_id, moved)]
+        limit_s = STARTS_WAITED_FOR * self.spec.actors.start_timeout_s
+        if is_first and following is not None and self.now_s - following.since_s >= limit_s:
+            return [StopRouter(router_id, f"{moved}, and in {limit_s:g} s the other routers have not become ready")]
+        self.notes.append(f"{router_id} serves on its last table, and is replaced once the others are ready, in {limit_s:g} s at the latest: {moved}")
+        return []
 
     def _can_spare(self, router_id: str) -> bool:
         """Whether all others that can run do so, so that callers have somewhere to go."""

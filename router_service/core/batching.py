@@ -8,21 +8,18 @@ A merged segment that raises is retried once, each run alone, so that one reques
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cluster.core.descriptors import DType
-from cluster.core.errors import DeadlineExceeded, InvalidRequest, MessageTooLarge, MoeError, Overloaded, ReplicaFaulted
-from cluster.core.ids import ExpertId, Role
+from cluster.core.errors import DeadlineExceeded, InvalidRequest, MoeError, ReplicaFaulted
 from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, Result, Run, Segment, SegmentResult, SegmentStatus
-from router_service.core.fair_queue import FairQueue, SegmentKey, Span
+from router_service.core.fair_queue import SegmentKey
 from router_service.core.frame_draft import FrameDraft, Piece
 from router_service.core.frame_outcome import check_result, error_of_frame, error_of_segment
 from router_service.core.hope import check_hope
+from router_service.core.runs import RunOffer, Runs, TokenBudget
 
-_MIN_RETRY_AFTER_S = 0.01
-_MAX_RETRY_AFTER_S = 5.0
 _RATE_WEIGHT = 0.2
 _TRUSTED_FACTOR = 4
 _MAX_TIMEOUT_MS = 1 << 31
@@ -46,42 +43,6 @@ class LaneLimits:
     def quantum(self) -> int:
         """Rows of one flow's turn."""
         return max(1, self.max_tokens_per_frame // _TURNS_PER_FRAME)
-
-
-class TokenBudget:
-    """Rows that may wait over all lanes of a router."""
-
-    def __init__(self, max_queued_tokens: int) -> None:
-        self.max_queued_tokens = max_queued_tokens
-        self.queued_tokens = 0
-
-
-# Not frozen, as `SegmentRequest` is not: many are made for each call. Nobody changes them all the same.
-@dataclass(slots=True, eq=False)
-class RunOffer:
-    """Rows of one request for one copy: what a caller asks a lane to carry. `version` is the raw digest."""
-
-    flow: Hashable
-    expert: ExpertId
-    version: bytes
-    role: Role
-    dtype: DType
-    dim: int
-    attempt: int
-    num_rows: int
-    deadline_s: float
-    exact: bool = False
-    epoch: int = 0
-    traceparent: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    offer: RunOffer
-    offered_s: float
-    spans: set[Span] = field(default_factory=set)
-    frame_ids: set[int] = field(default_factory=set)
-    rows_done: int = 0
 
 
 class FramePlan(NamedTuple):
@@ -129,16 +90,11 @@ class Lane:
     def __init__(self, generation: int, limits: LaneLimits, budget: TokenBudget) -> None:
         self._generation = generation
         self._limits = limits
-        self._budget = budget
-        self._queue = FairQueue(limits.quantum)
-        self._runs: dict[int, _Run] = {}
+        self._runs = Runs(budget, limits.quantum)
         self._in_flight: dict[int, _Sent] = {}
         self._in_flight_tokens = 0
-        self._num_runs = 0
         self._num_frames = 0
         self._num_segments = 0
-        self._expired: list[int] = []
-        self._next_deadline_s = math.inf
         self._tokens_per_s = 0.0
         self._tokens_per_frame = 0.0
         self._last_done_s = 0.0
@@ -146,12 +102,12 @@ class Lane:
     @property
     def queued_tokens(self) -> int:
         """Rows that wait for a frame."""
-        return self._queue.num_rows
+        return self._runs.queue.num_rows
 
     @property
     def pending_tokens(self) -> int:
         """Rows that wait for a frame or are under way in one."""
-        return self._queue.num_rows + self._in_flight_tokens
+        return self._runs.queue.num_rows + self._in_flight_tokens
 
     @property
     def num_frames_in_flight(self) -> int:
@@ -161,17 +117,17 @@ class Lane:
     @property
     def is_idle(self) -> bool:
         """Whether no run has still to end and no Result is due."""
-        return not self._runs and not self._in_flight
+        return not self._runs.by_id and not self._in_flight
 
     def oldest_age_s(self, now_s: float) -> float:
         """Age of the oldest run that has not ended; 0 when there is none."""
-        oldest = next(iter(self._runs.values()), None)
+        oldest = next(iter(self._runs.by_id.values()), None)
         return now_s - oldest.offered_s if oldest is not None else 0.0
 
     def set_limits(self, limits: LaneLimits) -> None:
         """Take the limits of a fresh link."""
         self._limits = limits
-        self._queue.quantum = limits.quantum
+        self._runs.queue.quantum = limits.quantum
 
     def offer(self, offer: RunOffer, now_s: float) -> int:
         """Queue a run and get its number. Raises DeadlineExceeded, InvalidRequest, Overloaded with the time to wait, MessageTooLarge."""
@@ -184,48 +140,37 @@ class Lane:
         if offer.dim * offer.dtype.itemsize > self._limits.max_frame_bytes:
             message = f"one row is larger than a frame of {self._limits.max_frame_bytes} bytes; raise link.max_frame_bytes"
             raise InvalidRequest(message, field="rows")
-        rows_before = self._queue.rows_before(offer.num_rows) + self._in_flight_tokens
+        rows_before = self._runs.queue.rows_before(offer.num_rows) + self._in_flight_tokens
         # The next frame of a crowd holds this many rows: a rate that was learned from far smaller ones says little about it.
         if rows_before and min(rows_before, self._limits.max_tokens_per_frame) <= _TRUSTED_FACTOR * self._tokens_per_frame:
             check_hope(rows_before + offer.num_rows, self._tokens_per_s, offer.deadline_s - now_s)
-        self._admit(offer.num_rows)
-        self._num_runs += 1
-        run_id = self._num_runs
-        key = SegmentKey(offer.expert, offer.version, offer.role, offer.dtype, offer.dim, offer.attempt)
-        self._runs[run_id] = _Run(offer, now_s)
-        flow = ("run", run_id) if offer.flow is None else offer.flow
-        self._push(Span(run_id, flow, key, 0, offer.num_rows))
-        self._next_deadline_s = min(self._next_deadline_s, offer.deadline_s)
-        return run_id
+        return self._runs.add(offer, now_s, self._tokens_per_s)
 
     def next_frame(self, now_s: float) -> FramePlan | None:
         """The next frame, to be sent now, or None: the window is full, or too little waits. Runs whose time is up are left out; `expire` names them."""
-        if now_s >= self._next_deadline_s:
-            self._drop_expired(now_s)
+        runs = self._runs
+        if now_s >= runs.next_deadline_s:
+            runs.drop_expired(now_s)
         wanted = self._limits.min_overlapping_tokens if self._in_flight else 0
-        if len(self._in_flight) >= self._limits.frames_in_flight or self._queue.num_rows < max(1, wanted):
+        if len(self._in_flight) >= self._limits.frames_in_flight or runs.queue.num_rows < max(1, wanted):
             return None
         draft = FrameDraft(max_tokens=self._limits.max_tokens_per_frame, max_bytes=self._limits.max_frame_bytes)
-        num_waiting = self._queue.num_rows
-        for span in self._queue.fill(draft):
-            self._runs[span.run_id].spans.discard(span)
-        num_tokens = num_waiting - self._queue.num_rows
-        self._budget.queued_tokens -= num_tokens
-        return self._send(draft, num_tokens, now_s)
+        return self._send(draft, runs.fill(draft), now_s)
 
     def expire(self, now_s: float) -> list[int]:
         """End the runs whose time is up; gives those that ended so since the last call."""
-        if now_s >= self._next_deadline_s:
-            self._drop_expired(now_s)
-        expired, self._expired = self._expired, []
+        runs = self._runs
+        if now_s >= runs.next_deadline_s:
+            runs.drop_expired(now_s)
+        expired, runs.expired = runs.expired, []
         return expired
 
     def withdraw(self, run_id: int) -> list[Cancel]:
         """End a run that nobody waits for. Gives what to tell the actor about segments that have no other run left. Unknown runs are ignored."""
-        run = self._runs.get(run_id)
+        run = self._runs.by_id.get(run_id)
         if run is None:
             return []
-        self._end(run_id)
+        self._runs.end(run_id)
         cancels = [(frame_id, self._abandoned(self._in_flight[frame_id], run_id)) for frame_id in sorted(run.frame_ids)]
         return [Cancel(frame_id, segment_ids) for frame_id, segment_ids in cancels if segment_ids]
 
@@ -244,7 +189,7 @@ class Lane:
         self._learn_rate(sent, now_s)
         for _, pieces in sent.segments:
             for piece in pieces:
-                if (run := self._runs.get(piece.run_id)) is not None:
+                if (run := self._runs.by_id.get(piece.run_id)) is not None:
                     run.frame_ids.discard(result.frame_id)
         refused = error_of_frame(sent.forward, result)
         if refused is not None:
@@ -259,56 +204,26 @@ class Lane:
 
     def lose(self) -> list[int]:
         """The link is gone: end every run, forget every frame. Gives the runs."""
-        lost = list(self._runs)
+        lost = list(self._runs.by_id)
         for run_id in lost:
-            self._end(run_id)
+            self._runs.end(run_id)
         self._in_flight.clear()
         self._in_flight_tokens = 0
         return lost
 
     def abandon(self) -> list[int]:
         """The actor is not trusted to answer: end every run, but count its frames until their Results come. Gives the runs."""
-        ended = list(self._runs)
+        ended = list(self._runs.by_id)
         for run_id in ended:
-            self._end(run_id)
+            self._runs.end(run_id)
         return ended
 
     def turn_away(self) -> list[int]:
         """Nothing more may be sent: end every run that still has rows to send. Gives them; the others await their Result."""
-        waiting = [run_id for run_id, run in self._runs.items() if run.spans]
+        waiting = [run_id for run_id, run in self._runs.by_id.items() if run.spans]
         for run_id in waiting:
-            self._end(run_id)
+            self._runs.end(run_id)
         return waiting
-
-    def _admit(self, num_rows: int) -> None:
-        limit = self._budget.max_queued_tokens
-        if num_rows > limit:
-            message = f"{num_rows} rows for one expert are over the limit of {limit} (router.max_queued_tokens); send fewer tokens at a time"
-            raise MessageTooLarge(message)
-        if self._budget.queued_tokens + num_rows > limit:
-            wait_s = self._queue.num_rows / self._tokens_per_s if self._tokens_per_s else 0.1
-            message = f"{self._budget.queued_tokens} rows wait for expert actors already; the limit is {limit} (router.max_queued_tokens); retry later"
-            raise Overloaded(message, retry_after_s=min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S))
-
-    def _push(self, span: Span) -> None:
-        self._queue.push(span)
-        self._runs[span.run_id].spans.add(span)
-        self._budget.queued_tokens += span.num_rows
-
-    def _end(self, run_id: int) -> _Run:
-        run = self._runs.pop(run_id)
-        for span in run.spans:
-            self._queue.remove(span)
-            self._budget.queued_tokens -= span.num_rows
-        return run
-
-    def _drop_expired(self, now_s: float) -> None:
-        """Looks at all runs, so only to be called when the earliest deadline that was ever offered has passed."""
-        expired = [run_id for run_id, run in self._runs.items() if run.offer.deadline_s <= now_s]
-        for run_id in expired:
-            self._end(run_id)
-        self._expired += expired
-        self._next_deadline_s = min((run.offer.deadline_s for run in self._runs.values()), default=math.inf)
 
     def _send(self, draft: FrameDraft, num_tokens: int, now_s: float) -> FramePlan:
         self._num_frames += 1
@@ -320,7 +235,7 @@ class Lane:
             segments.append(self._segment(key, group, now_s))
             pieces += group
             for piece in group:
-                run = self._runs[piece.run_id]
+                run = self._runs.by_id[piece.run_id]
                 run.frame_ids.add(frame_id)
                 if run.offer.traceparent:
                     parents[run.offer.traceparent] = None
@@ -331,7 +246,7 @@ class Lane:
 
     def _segment(self, key: SegmentKey, pieces: Sequence[Piece], now_s: float) -> Segment:
         self._num_segments += 1
-        runs = tuple([_run_of(self._runs[piece.run_id].offer, piece, now_s) for piece in pieces])
+        runs = tuple([_run_of(self._runs.by_id[piece.run_id].offer, piece, now_s) for piece in pieces])
         model, layer, index = key.expert
         return Segment(self._num_segments, key.attempt, model, layer, index, key.version, key.role, key.dtype, key.dim, runs)
 
@@ -354,27 +269,24 @@ class Lane:
 
     def _deliver(self, pieces: Sequence[Piece], row_bytes: int, offset_bytes: int, outcome: FrameOutcome) -> None:
         for run_id, start, stop in pieces:
-            run = self._runs.get(run_id)
+            run = self._runs.by_id.get(run_id)
             if run is not None:
                 run.rows_done += stop - start
                 is_complete = run.rows_done == run.offer.num_rows
                 outcome.rows.append(PieceRows(run_id, start, stop, offset_bytes, is_complete))
                 if is_complete:
-                    self._end(run_id)
+                    self._runs.end(run_id)
             offset_bytes += (stop - start) * row_bytes
 
     def _retry_alone(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            run = self._runs.get(piece.run_id)
-            if run is not None:
-                offer = run.offer
-                key = SegmentKey(offer.expert, offer.version, offer.role, offer.dtype, offer.dim, offer.attempt, alone=piece.run_id)
-                self._push(Span(piece.run_id, ("alone", piece.run_id), key, piece.start, piece.stop))
+            if piece.run_id in self._runs.by_id:
+                self._runs.put_back_alone(*piece)
 
     def _fail(self, pieces: Sequence[Piece], error: MoeError, outcome: FrameOutcome) -> None:
         for piece in pieces:
-            if piece.run_id in self._runs:
-                self._end(piece.run_id)
+            if piece.run_id in self._runs.by_id:
+                self._runs.end(piece.run_id)
                 outcome.failed.append((piece.run_id, error))
 
     def _abandoned(self, sent: _Sent, run_id: int) -> tuple[int, ...]:
@@ -383,7 +295,7 @@ class Lane:
         return tuple(
             segment.segment_id
             for segment, (_, pieces) in pairs
-            if any(piece.run_id == run_id for piece in pieces) and not any(piece.run_id in self._runs for piece in pieces)
+            if any(piece.run_id == run_id for piece in pieces) and not any(piece.run_id in self._runs.by_id for piece in pieces)
         )
 
     def _learn_rate(self, sent: _Sent, now_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.core.errors import InvalidRequest
-from router_service.core.batching import RunOffer
+from router_service.core.runs import RunOffer
 from router_service.core.segments import Rows, SegmentRequest
 
 _BYTES = np.dtype(np.uint8)

@@ -23,7 +23,8 @@ class SegmentRequest:
     """Rows of one request for one copy. `rows` is [n, dim * itemsize], C-contiguous, and must not change until the reply.
 
     `deadline_s` is in the clock of the event loop. `flow` says whose turn the rows take when actors are busy (a request, a tenant);
-    None: this segment alone. `is_hedge`: it is asked because another copy is late.
+    None: this segment alone. `is_hedge`: it is asked because another copy is late. `is_again`: its rows were sent before, for a dispatch that failed or was
+    not believed.
     """
 
     expert: ExpertId
@@ -38,6 +39,7 @@ class SegmentRequest:
     traceparent: str | None = None
     flow: Any = None
     is_hedge: bool = False
+    is_again: bool = False
 
     @property
     def row_bytes(self) -> int:

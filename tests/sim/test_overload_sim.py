@@ -17,7 +17,8 @@ from cluster.core.descriptors import DType
 from cluster.core.errors import Overloaded
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_frames import FrameStatus, Result, SegmentResult, SegmentStatus
-from router_service.core.batching import FramePlan, Lane, LaneLimits, RunOffer, TokenBudget
+from router_service.core.batching import FramePlan, Lane, LaneLimits
+from router_service.core.runs import RunOffer, TokenBudget
 
 FRAME_S, ROWS_PER_S = 0.001, 20_000.0
 MAX_FRAME_ROWS = 1024

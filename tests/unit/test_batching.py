@@ -9,8 +9,9 @@ from cluster.core.errors import DeadlineExceeded, InvalidRequest, MessageTooLarg
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_codec import encode
 from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, FrameStatus, Result, SegmentResult, SegmentStatus
-from router_service.core.batching import FramePlan, Lane, LaneLimits, RunOffer, TokenBudget
+from router_service.core.batching import FramePlan, Lane, LaneLimits
 from router_service.core.frame_draft import MAX_PIECES, Piece
+from router_service.core.runs import RunOffer, TokenBudget
 
 LIMITS = LaneLimits(max_tokens_per_frame=64, max_frame_bytes=1 << 20, frames_in_flight=2)
 

@@ -10,7 +10,8 @@ from cluster.core.descriptors import DType
 from cluster.core.errors import Overloaded
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_frames import Forward, FrameStatus, Result, SegmentResult, SegmentStatus
-from router_service.core.batching import FramePlan, Lane, LaneLimits, PieceRows, RunOffer, TokenBudget
+from router_service.core.batching import FramePlan, Lane, LaneLimits, PieceRows
+from router_service.core.runs import RunOffer, TokenBudget
 
 Row = tuple[int, int]
 

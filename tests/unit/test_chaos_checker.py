@@ -37,10 +37,10 @@ class Kept:
         assert self.reply.report.plan is not None
         return self.reply.report.plan
 
-    def keep(self, name: str, plan: Plan, *, wrong_row: int | None = None) -> None:
+    def keep(self, name: str, plan: Plan, *, wrong_row: int | None = None, wrong_bits: int = 1) -> None:
         rows = self.reply.hidden_states.view(torch.uint16).numpy().copy()
         if wrong_row is not None:
-            rows[wrong_row, 0] ^= 1
+            rows[wrong_row, 0] ^= wrong_bits
         arrays = {key: getattr(plan, key) for key in Plan.__slots__ if key != "versions"}
         versions = np.frombuffer(b"".join(plan.versions), np.uint8).reshape(len(plan.versions), -1)
         np.savez(self.folder / f"{name}.npz", which=0, rows=rows, versions=versions, **arrays)
@@ -61,8 +61,16 @@ def test_one_wrong_bit_is_found_and_its_row_and_who_answered_are_named(kept: Kep
     kept.keep("bad", kept.plan, wrong_row=3)
     assert kept.checker.check(["bad"]) == (frozenset({"bad"}), frozenset())
     reason = kept.checker.reasons["bad"]
-    assert reason.startswith(f"rows [3] of {T} differ")
+    assert reason.startswith(f"rows [3] of {T} differ from what the plan gives, in 1 numbers by 1 steps of bf16 at most")
     assert all(f"{expert} by exact of generation" in reason for expert in kept.plan.expert_ids[3])
+
+
+def test_how_far_a_wrong_number_is_off_is_counted_across_zero(kept: Kept) -> None:
+    kept.keep("bad", kept.plan, wrong_row=0, wrong_bits=0x8000)
+    size = int(kept.reply.hidden_states.view(torch.uint16)[0, 0]) & 0x7FFF
+    assert size > 0
+    assert kept.checker.check(["bad"]) == (frozenset({"bad"}), frozenset())
+    assert f"in 1 numbers by {2 * size} steps of bf16 at most" in kept.checker.reasons["bad"]
 
 
 def test_a_version_that_no_store_holds_leaves_a_reply_unchecked(kept: Kept) -> None:

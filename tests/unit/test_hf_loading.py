@@ -1,5 +1,7 @@
 """Loading: a model that names moelastic comes without its experts, every other one comes whole; what cannot be replaced is refused. Needs no cluster."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,17 @@ def test_experts_that_a_quantiser_would_swap_are_refused_with_the_remedy(folders
         AutoModelForCausalLM.from_config(config, experts_implementation="moelastic-nobody")
     config.quantization_config = {"quant_method": method, "dequantize": True}
     assert list(_experts(AutoModelForCausalLM.from_config(config, experts_implementation="moelastic-nobody"))) == [0, 1, 2]
+
+
+def test_the_twin_is_known_without_a_registration(tmp_path: Path) -> None:
+    """In a process of its own: others here have registered clusters."""
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM; from router_service.hf import REFERENCE; "
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation=REFERENCE).config._experts_implementation)"
+    )
+    command = [sys.executable, "-c", script, str(save_tiny("mixtral", tmp_path / "mixtral"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "moelastic_reference"
 
 
 @pytest.mark.parametrize("name", ["eager", "grouped_mm", "moelastic_reference"])

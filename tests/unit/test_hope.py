@@ -7,9 +7,10 @@ import pytest
 from cluster.core.descriptors import DType
 from cluster.core.errors import Overloaded
 from cluster.core.ids import ExpertId, Role
-from router_service.core.batching import Lane, LaneLimits, RunOffer, TokenBudget
+from router_service.core.batching import Lane, LaneLimits
 from router_service.core.fair_queue import FairQueue, SegmentKey, Span
 from router_service.core.hope import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, check_hope
+from router_service.core.runs import RunOffer, TokenBudget
 
 EXPERT = ExpertId("m", 0, 0)
 KEY = SegmentKey(EXPERT, b"v", Role.REPLICA, DType.BF16, 4, 0)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from cluster.core.actor_config import router_ids
 from cluster.core.errors import FleetError
 from cluster.core.launch import router_config, router_digest
-from cluster.core.spec import ClusterSpec, RouterSpec
+from cluster.core.routers import STARTS_WAITED_FOR
+from cluster.core.spec import ActorsSpec, ClusterSpec, RouterSpec
 from cluster.core.status import ActorState
 from kit.control import LAUNCH, ControlRig, make_spec
 
@@ -34,6 +35,10 @@ def ready(rig: ControlRig) -> set[str]:
 
 def started(rig: ControlRig) -> list[str]:
     return [line for line in rig.fleet.log if line.startswith("start router")]
+
+
+def stopped(rig: ControlRig) -> list[str]:
+    return [line for line in rig.fleet.log if line.startswith("stop router")]
 
 
 async def test_as_many_routers_run_as_the_spec_wants_all_on_the_head_node(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ async def test_routers_are_replaced_one_after_the_other(tmp_path: Path) -> None:
     await rig.until(lambda: rig.state == "SERVING" and not rig.controller.snapshot().memory.replace)
     assert min(fewest) == 1
     assert {config.code_digest for config, _, _ in rig.fleet.routers.values()} == {"code-2"}
-    assert [line for line in rig.fleet.log if line.startswith("stop router")] == ["stop router-0", "stop router-1"]
+    assert stopped(rig) == ["stop router-0", "stop router-1"]
 
 
 async def moved(rig: ControlRig, address: str) -> None:
@@ -143,6 +148,29 @@ async def test_a_router_that_is_ready_stays_while_another_is_not_though_the_cont
     assert "stop router-0" not in rig.fleet.log
     await rig.until(lambda: rig.state == "SERVING" and rig.message == "")
     assert [line for line in rig.fleet.log if line in ("start router-1 on head", "stop router-0")] == ["start router-1 on head"] * 2 + ["stop router-0"]
+
+
+async def test_a_router_on_its_last_table_waits_for_others_that_never_start_for_a_limited_time(tmp_path: Path) -> None:
+    limit_s = STARTS_WAITED_FOR * 10.0
+    spec = spec_of(3).model_copy(update={"actors": ActorsSpec(start_timeout_s=10.0)})
+    rig = ControlRig(tmp_path, spec, launch=replace(LAUNCH, control_address="10.0.0.9:1"))
+    await rig.deploy()
+    del rig.fleet.routers["router-0"]
+    await moved(rig, "10.0.0.9:2")
+    rig.after_step = lambda: rig.fleet.fail_next.update(start_router=FleetError("no"))
+    rig.after_step()
+    begun_s = rig.clock.now_s()
+    await rig.until(lambda: f"router-1 serves on its last table, and is replaced once the others are ready, in {limit_s:g} s at the latest" in rig.message)
+    await rig.until(lambda: rig.clock.now_s() >= begun_s + limit_s - 1.0)
+    assert stopped(rig) == []
+    await rig.until(lambda: bool(stopped(rig)))
+    begun_s = rig.clock.now_s()
+    await rig.until(lambda: rig.clock.now_s() >= begun_s + limit_s - 1.0)
+    assert stopped(rig) == ["stop router-1"], "router-2 waits as long for the one that follows"
+    rig.after_step = lambda: None
+    rig.fleet.fail_next.clear()
+    await rig.until(lambda: rig.state == "SERVING" and rig.message == "")
+    assert {config.control_address for config, _, _ in rig.fleet.routers.values()} == {"10.0.0.9:2"}
 
 
 async def test_routers_that_were_taken_over_count_as_sharing_when_the_spec_says_so(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from kit.virtual_time import VirtualLoop, run_in_virtual_time
 from router_service.caller import tenant_of_call
 from router_service.core.hedging import HedgeBudget, Lateness
 from router_service.core.wave import DEADLINE_SLACK, Patience, Share, WaveDraft, WaveLimits
+from router_service.counted_lanes import CountedLanes
 from router_service.dispatcher import Hedging
 from router_service.pipeline import GateChoice, LayerCall, LayerReply, Overflow, TopK
 
@@ -194,6 +195,7 @@ async def test_rows_that_overflow_the_experts_fail_their_own_call_alone() -> Non
     hedging = Hedging(Lateness(0.99, 1000.0), budget)
     made = setup(lambda _, index: [copy_on(f"a{place}", version_of(index)) for place in range(2)], waves=LIMITS, hedging=hedging)
     made.lanes._forward = overflowing
+    lanes = made.pipeline.dispatcher.lanes = CountedLanes(made.lanes, RouterMetrics())
     huge = call(1, num_tokens=3)
     huge.hidden_states[2] = 2e30
     good = call(2)
@@ -205,6 +207,7 @@ async def test_rows_that_overflow_the_experts_fail_their_own_call_alone() -> Non
     rows = sum(len(request.rows) for request in made.lanes.requests)
     asked = K * sum(each.hidden_states.shape[0] for each in (call(0), huge, good))
     assert (budget.asked_rows, budget.asked_rows + budget.resent_rows) == (asked, rows), "asked once, sent as often as they were sent"
+    assert lanes.take_loads().total() == asked, "what was dispatched again is no new load"
 
 
 async def test_a_call_that_a_bug_ends_when_it_is_tried_by_itself_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
