@@ -15,8 +15,8 @@ from cluster.core.spec import ClusterSpec
 from cluster.core.status import ActorState, FleetObservation, NodeObservation, RouterObservation
 
 STARTS_WAITED_FOR: Final = 2
-"""A router on its last table waits for another one to use up `actors.start_timeout_s` so many times. Then callers have nobody for a moment: later they might
-have nobody at all, since actors that such a table names leave one by one."""
+"""A router on its last table waits for all others while one of them might use up `actors.start_timeout_s` so many times, then for any one of them. The last
+that answers stays: an old table is better than nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,16 @@ class _Step:
         self.memory = replace(self.memory, following=known)
 
     def _follow(self, router_id: str, *, is_first: bool) -> list[StopRouter]:
-        """Have a router replaced that must follow: one that is ready once it can be spared, or has waited for that long enough; none beside another."""
+        """Have a router replaced that must follow: one that is ready once it can be spared, or has waited for that long enough."""
         moved, following = "the controller listens elsewhere now", self.memory.following
         if not self._is_ready(router_id) or (is_first and self._can_spare(router_id)):
             return [StopRouter(router_id, moved)]
         limit_s = STARTS_WAITED_FOR * self.spec.actors.start_timeout_s
-        if is_first and following is not None and self.now_s - following.since_s >= limit_s:
-            return [StopRouter(router_id, f"{moved}, and in {limit_s:g} s the other routers have not become ready")]
-        self.notes.append(f"{router_id} serves on its last table, and is replaced once the others are ready, in {limit_s:g} s at the latest: {moved}")
+        is_late = following is not None and self.now_s - following.since_s >= limit_s
+        if is_first and is_late and any(self._is_ready(name) for name in router_ids(self.spec) if name != router_id):
+            return [StopRouter(router_id, f"{moved}, and in {limit_s:g} s not all other routers have become ready")]
+        wanted = "another one is ready, as none has been for long" if is_late else f"the others are ready, or some of them in {limit_s:g} s"
+        self.notes.append(f"{router_id} serves on its last table, and is replaced once {wanted}: {moved}")
         return []
 
     def _can_spare(self, router_id: str) -> bool:

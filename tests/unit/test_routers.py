@@ -160,13 +160,15 @@ async def test_a_router_on_its_last_table_waits_for_others_that_never_start_for_
     rig.after_step = lambda: rig.fleet.fail_next.update(start_router=FleetError("no"))
     rig.after_step()
     begun_s = rig.clock.now_s()
-    await rig.until(lambda: f"router-1 serves on its last table, and is replaced once the others are ready, in {limit_s:g} s at the latest" in rig.message)
+    await rig.until(lambda: f"router-1 serves on its last table, and is replaced once the others are ready, or some of them in {limit_s:g} s" in rig.message)
     await rig.until(lambda: rig.clock.now_s() >= begun_s + limit_s - 1.0)
     assert stopped(rig) == []
     await rig.until(lambda: bool(stopped(rig)))
     begun_s = rig.clock.now_s()
-    await rig.until(lambda: rig.clock.now_s() >= begun_s + limit_s - 1.0)
-    assert stopped(rig) == ["stop router-1"], "router-2 waits as long for the one that follows"
+    await rig.until(lambda: rig.clock.now_s() >= begun_s + 5 * limit_s)
+    assert stopped(rig) == ["stop router-1"], "the last one that answers stays"
+    assert "router-2 serves on its last table, and is replaced once another one is ready, as none has been for long" in rig.message
+    assert ready(rig) == {"router-2"}
     rig.after_step = lambda: None
     rig.fleet.fail_next.clear()
     await rig.until(lambda: rig.state == "SERVING" and rig.message == "")
