@@ -17,7 +17,7 @@ from bench.document import FOLDER, fill_readme, write
 from bench.profile import profile
 from bench.report import plot, section_of
 from bench.rig import Rig, running, start_cluster
-from bench.settings import CASES, OURS, SMOKE, Settings
+from bench.settings import CASES, ECHO, OURS, SMOKE, Settings
 from bench.tables import Section
 from cluster.local.cluster import LocalCluster
 
@@ -77,7 +77,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
     changes = {"rounds": given.rounds, "seconds": given.seconds, "num_actors": given.actors, "layout": given.layout}
     settings = replace(SMOKE if given.smoke else Settings(), **{name: value for name, value in changes.items() if value})
     if given.rows:
-        settings = replace(settings, rows=tuple(given.rows.split(",")))
+        settings = replace(settings, rows=tuple(name for name in given.rows.split(",") if name != ECHO))  # which is always measured
     if given.cases:
         wanted = set(given.cases.split(","))
         settings = replace(settings, cases=tuple(case for case in CASES if f"{case.callers}x{case.tokens}" in wanted))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster import scheduling
-from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward, give_way, may_come_forward
+from cluster.scheduling import SHORT_SLICE_NS, ask_for_slices, come_forward, give_way, go_before_others, may_come_forward
 
 LINUX = sys.platform == "linux"
 
@@ -105,6 +105,16 @@ def test_who_comes_forward_does_so_with_every_thread(who: str) -> None:
             child.stdin.write("\n")
             child.stdin.flush()
         assert child.stdout.readline() == "4 4\n"
+
+
+@pytest.mark.skipif(not LINUX or not may_come_forward(-1), reason="this user may not raise a priority (root may)")
+def test_who_goes_before_others_does_so_alone_and_with_those_that_it_starts() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    assert in_a_thread(lambda: (go_before_others(before - 1), priority(), in_a_thread(priority))) == (True, before - 1, before - 1)
+    assert priority() == before
 
 
 def test_whoever_is_there_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
