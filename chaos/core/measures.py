@@ -97,9 +97,13 @@ def num_epoch_regressions(seen: Observations) -> float:
 
 
 def num_stale(seen: Observations) -> float:
-    """Answers used of an incarnation that had left the routing table before their request was sent."""
+    """Answers used of an incarnation that had left the routing table before their request was sent.
+
+    An answer by a later table than any that was looked at without the incarnation is none: it may be in that table again.
+    """
     left_s: dict[int, float] = {}
     known: set[Incarnation] = set()
+    epoch = 0
     for sample in seen.samples:
         if not sample.replicas:
             continue
@@ -108,8 +112,9 @@ def num_stale(seen: Observations) -> float:
             left_s.setdefault(incarnation.generation, sample.at_s)
         for incarnation in listed - known:
             left_s.pop(incarnation.generation, None)
-        known = listed
-    return float(sum(any(request.sent_s > left_s.get(generation, float("inf")) for generation in request.generations) for request in seen.requests))
+        known, epoch = listed, sample.epoch
+    looked_at = (request for request in seen.requests if request.epoch <= epoch)
+    return float(sum(any(request.sent_s > left_s.get(generation, float("inf")) for generation in request.generations) for request in looked_at))
 
 
 def first_other_ms(seen: Observations) -> float | None:

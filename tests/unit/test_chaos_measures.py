@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chaos.core import measures
@@ -112,6 +114,13 @@ def test_an_answer_of_a_life_that_had_left_the_table_is_stale() -> None:
     gone = sample(10.5, {B: "ready"}, {0: {B}, 1: {B}})
     early, stale = request(10.6, took_s=0.2, generations=(1, 2)), request(11.0, generations=(1, 2))
     assert measures.num_stale(observations([early, stale], samples=(BEFORE, gone))) == 1
+
+
+def test_an_answer_by_a_table_that_nobody_has_looked_at_yet_is_not_stale() -> None:
+    """It was healed and is listed again, by a table that came between the last look and the end."""
+    gone = replace(sample(10.5, {B: "ready"}, {0: {B}, 1: {B}}), epoch=7)
+    old, new = (request(11.0, generations=(1, 2), epoch=epoch) for epoch in (7, 8))
+    assert measures.num_stale(observations([old, new], samples=(BEFORE, gone))) == 1
 
 
 def test_only_ejections_of_those_who_were_not_struck_are_false() -> None:
