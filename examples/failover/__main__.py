@@ -1,7 +1,7 @@
 """`python -m examples.failover`, which `make chaos` runs: every scenario, as often as asked, on clusters of its own; then the report.
 
 Each repetition is one line of `docs/failover/records.jsonl`. What is there already counts: an interrupted campaign goes on where it was. All of it
-takes over an hour on two cores; `budget` says why, in seconds per repetition.
+takes a little over an hour on two cores; `budget` says why, in seconds per repetition.
 """
 
 from __future__ import annotations
