@@ -184,7 +184,7 @@ def test_down_ends_every_actor_of_the_deployment_and_may_be_repeated(connection:
         done = run_deploy(shared_cluster, config, "--down")
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
-    for kind in ("ExpertActor", "NodeAgent", "RouterActor", "ControllerActor"):
+    for kind in ("HostedExpertActor", "NodeAgent", "RouterHost", "ControllerActor"):
         wait_until(lambda kind=kind: not hosted(shared_cluster, kind), f"no {kind} is left")  # type: ignore[misc]
     assert not (config.parent / FILE_NAME).exists()
     assert not gather(connection).is_serving

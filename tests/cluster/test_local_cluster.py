@@ -19,6 +19,7 @@ from cluster.local import processes
 from cluster.local.cluster import LocalCluster
 from cluster.local.run_folder import LocalState, RunFolder
 from cluster.local.settings import PROJECT_ROOT, LocalSettings
+from cluster.scheduling import START_NICENESS, may_come_forward
 from kit.waiting import wait_until
 
 SMALL = LocalSettings(num_nodes=1, gpus_per_node=2)
@@ -90,12 +91,12 @@ def test_the_dashboard_and_the_gcs_refuse_callers_without_the_token(pair: tuple[
     assert "token" in done.stderr.lower()
 
 
-def test_every_process_is_recorded_marked_and_at_normal_priority(pair: tuple[LocalCluster, LocalCluster]) -> None:
+def test_every_process_is_recorded_and_marked_and_workers_start_behind_those_that_serve(pair: tuple[LocalCluster, LocalCluster]) -> None:
     found = processes.members(pair[0].state)
     assert {node.raylet.pid for node in pair[0].state.nodes} <= {process.pid for process in found}
     assert not {process.pid for process in found} & {process.pid for process in processes.members(pair[1].state)}
     priorities = run_driver(pair[0], "import os, ray; ray.init()\n@ray.remote(num_cpus=0)\ndef nice(): return os.nice(0)\nprint(ray.get(nice.remote()))")
-    assert priorities == [str(os.nice(0))]
+    assert priorities == [str(START_NICENESS if may_come_forward() else os.nice(0))]
 
 
 def test_nothing_is_written_into_the_home_folder(pair: tuple[LocalCluster, LocalCluster], home: Path) -> None:

@@ -18,12 +18,13 @@ from cluster.deploy.connection import FILE_NAME, Connection
 from cluster.local import processes
 from cluster.local.cluster import LocalCluster
 from cluster.local.settings import PROJECT_ROOT
+from cluster.scheduling import CONTROL_NICENESS, START_NICENESS, may_come_forward
 from kit.deployments import cmdline_of
 from kit.models import save_custom
 from kit.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
-HOSTED = ("ExpertActor", "NodeAgent", "RouterHost", "ControllerActor")
+HOSTED = ("HostedExpertActor", "NodeAgent", "RouterHost", "ControllerActor")
 
 
 def moelastic(cluster: LocalCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,9 @@ def test_a_job_s_deployment_is_found_by_status_and_ended_by_force_although_its_c
         assert "SERVING" in status.stdout
         assert gather(connection).is_serving
         (controller,) = hosted(shared_cluster, "ControllerActor")
+        if may_come_forward(-5):  # else all of them are as Ray started them
+            expected = {"HostedExpertActor": {0}, "RouterHost": {-5}, "ControllerActor": {CONTROL_NICENESS}, "NodeAgent": {START_NICENESS}}
+            assert {kind: {os.getpriority(os.PRIO_PROCESS, pid) for pid in hosted(shared_cluster, kind)} for kind in expected} == expected
         os.kill(controller, signal.SIGSTOP)
     finally:
         down = moelastic(shared_cluster, "down", str(config), "--force", "--run-dir", str(run_dir))
