@@ -50,7 +50,8 @@ class RouterHost:
     async def start(self, node_id: str) -> RouterObservation:
         """As `RouterActor.start`."""
         if self._thread.ident is None:
-            come_forward(min(self._scheduling.niceness, self._scheduling.answering_niceness))
+            for niceness in (self._scheduling.niceness, self._scheduling.answering_niceness):  # who may go to the first may be refused the second
+                come_forward(niceness)
             self._thread.start()
             _before_exit(self._stop_at_exit)
         observation = await self._there(self._router.start(node_id))

@@ -187,7 +187,7 @@ class SchedulingSpec(_Section):
         0,
         ge=0,
         le=19,
-        description="of processes that serve, where the system lets them go there (root, CAP_SYS_NICE, RLIMIT_NICE); until then they have what Ray starts"
+        description="processes that serve come forward to it, where the system lets them (root, CAP_SYS_NICE, RLIMIT_NICE); before, they have what Ray starts"
         " workers with, RAY_worker_niceness, so that a process that starts takes little from those that answer",
     )
     answering_niceness: int = Field(

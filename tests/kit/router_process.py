@@ -16,7 +16,7 @@ from cluster.core.actor_config import RouterConfig
 from cluster.core.descriptors import Manifest
 from cluster.core.errors import CheckpointError
 from cluster.core.routing_table import RoutingTable, TableCopy
-from cluster.core.spec import AuthSpec, ClusterSpec, ModelSpec, RouterSpec
+from cluster.core.spec import AuthSpec, ClusterSpec, ModelSpec, RouterSpec, SchedulingSpec
 from kit.feed import CONTROL_TOKEN, FakeControl, control
 from kit.lanes import table_of
 from kit.link import SECRET, FakeActor, running_actor, until
@@ -73,7 +73,11 @@ def config(tmp_path: Path, address: str, *, port: int = 0, **router: Any) -> Rou
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
     spec = ClusterSpec(
-        name="test", models=(ModelSpec(name=NAME, path=tmp_path),), router=RouterSpec(port=port, **router), auth=AuthSpec(tokens={"default": token})
+        scheduling=SchedulingSpec(answering_niceness=0),  # the process may be the tests' own
+        name="test",
+        models=(ModelSpec(name=NAME, path=tmp_path),),
+        router=RouterSpec(port=port, **router),
+        auth=AuthSpec(tokens={"default": token}),
     )
     return RouterConfig(router_id="router-0", spec=spec, control_address=address, store_dir=tmp_path / "store")
 

@@ -190,16 +190,20 @@ def test_stopped_watch_ends_between_two_waits() -> None:
     assert nvml.num_open == 0
 
 
-def test_a_gpu_that_is_lost_is_named_although_its_driver_tells_nothing_of_it_any_more() -> None:
-    nvml = FakeNvml()
+def heard_of_a_lost_one(nvml: FakeNvml, xid: int) -> list[GpuFault]:
+    """What is heard of an error of the first GPU, which is lost by then and tells nothing any more."""
     watch = GpuWatch(nvml)  # type: ignore[arg-type]
     assert watch.start()
     wait_until(lambda: nvml.registered == [0], "it listens")
     nvml.lost.add(0)
-    nvml.events.put((0, 79))
+    nvml.events.put((0, xid))
     wait_until(lambda: bool(watch.faults()), "the error is heard")
     ended(watch)
-    assert [(fault.device, fault.xid, fault.is_device) for fault in watch.faults()] == [("cuda-02345678", 79, True)]
+    return watch.faults()
+
+
+def test_a_gpu_that_is_lost_is_named_although_its_driver_tells_nothing_of_it_any_more() -> None:
+    assert [(fault.device, fault.xid, fault.is_device) for fault in heard_of_a_lost_one(FakeNvml(), 79)] == [("cuda-02345678", 79, True)]
 
 
 def test_the_others_are_listened_to_after_the_driver_refused_because_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +269,7 @@ def test_a_changed_recovery_is_held_against_a_device_unless_none_is_due(action: 
 def test_a_changed_recovery_of_a_gpu_that_is_lost_is_held_against_it() -> None:
     nvml = FakeNvml()
     nvml.recovery[0] = NO_RECOVERY
-    watch = GpuWatch(nvml)  # type: ignore[arg-type]
-    assert watch.start()
-    wait_until(lambda: nvml.registered == [0], "it listens")
-    nvml.lost.add(0)
-    nvml.events.put((0, 154))
-    wait_until(lambda: bool(watch.faults()), "the error is heard")
-    ended(watch)
-    assert [fault.is_device for fault in watch.faults()] == [True]
+    assert [fault.is_device for fault in heard_of_a_lost_one(nvml, 154)] == [True]
 
 
 @pytest.mark.parametrize("nvml", [None, FakeNvml(works=False)])

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster.core.spec import SchedulingSpec
 from cluster.core.status import ActorState
+from cluster.scheduling import may_come_forward
 from kit.feed import CONTROL_TOKEN
 from kit.link import SECRET
 from kit.router import TOKEN
@@ -78,6 +82,35 @@ async def test_a_hosted_router_drains_when_its_process_is_told_to_exit(tmp_path:
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+
+
+# A system that lets the process come back to normal priority and no further, as RLIMIT_NICE may.
+LIMITED = """
+import os
+raised = os.setpriority
+
+def limited(which, who, niceness):
+    if niceness < 0:
+        raise PermissionError
+    raised(which, who, niceness)
+
+os.setpriority = limited
+os.nice(10)
+"""
+
+
+@pytest.mark.skipif(os.nice(0) != 0 or not may_come_forward(), reason="this user may not raise a priority (root may)")
+def test_a_router_that_may_not_go_before_others_still_comes_forward(tmp_path: Path) -> None:
+    settings = config(tmp_path, "127.0.0.1:1")
+    settings = settings.model_copy(update={"spec": settings.spec.model_copy(update={"scheduling": SchedulingSpec()})})
+    assert settings.spec.scheduling.answering_niceness < 0 == settings.spec.scheduling.niceness
+    with subprocess.Popen([sys.executable, "-c", LIMITED + HOSTED, settings.model_dump_json()], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline())
+        threads = [int(entry.name) for entry in Path(f"/proc/{process.pid}/task").iterdir()]
+        found = {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        process.send_signal(signal.SIGTERM)
+    assert found == {0}
 
 
 async def test_a_hosted_router_serves_and_stops_from_any_loop(tmp_path: Path) -> None:
