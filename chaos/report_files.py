@@ -19,7 +19,8 @@ from cluster.core.errors import ConfigError
 COLUMNS = 3
 CAPTION = (
     "The load is an open loop: requests are due one by one at even times, at half of the most that the cluster keeps up with so (95 of 100 answered within "
-    "0.1 s of when they were due; rates are tried downwards, by a fifth each, from what 16 callers in a closed loop reach), unless a scenario says otherwise. "
+    "0.1 s of when they were due, twice in a row; rates are tried downwards, by a tenth each, from what 16 callers in a closed loop "
+    "reach), unless a scenario says otherwise. "
     "Added latency is that of requests alive within 1 s of the fault (2 s of slow_replica, as long as it lasts) less that of requests alive in the control "
     "window just before it and ended by then: the same load, the same cluster; the median of the runs' own differences. Latency counts from when a request "
     "was due, so a stalled sender hides nothing. "

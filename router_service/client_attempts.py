@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from cluster.core.errors import DeadlineExceeded, MessageTooLarge, MoeError
+from cluster.core.errors import DeadlineExceeded, MessageTooLarge, MoeError, Overloaded
 
 FIRST_PAUSE_S: Final = 0.05
 MAX_PAUSE_S: Final = 1.0
@@ -22,6 +22,7 @@ class Attempts:
         self._rng = rng
         self._next_pause_s = FIRST_PAUSE_S
         self._last: MoeError | None = None
+        self._cause: MoeError | None = None  # the last one that was no refusal
         self.num_failed = 0
 
     def remaining_s(self, now_s: float) -> float:
@@ -31,7 +32,8 @@ class Attempts:
     def pause_s(self, error: MoeError, now_s: float) -> float:
         """How long to wait before the next attempt. Raises the error when it cannot be cured, or not in time.
 
-        A deadline that passes during a retry names what the attempts before it failed of.
+        A deadline that passes during a retry names what the attempts before it failed of. A last attempt that is turned away, since too little of the time
+        was left for it, says nothing of what took the time: then what failed before it is raised.
         """
         self.num_failed += 1
         if isinstance(error, DeadlineExceeded) and self._last is not None:
@@ -40,9 +42,16 @@ class Attempts:
         pause_s = max(self._next_pause_s * self._rng.uniform(0.5, 1.0), float(getattr(error, "retry_after_s", 0.0)))
         if not error.retryable or isinstance(error, MessageTooLarge) or now_s + pause_s + MIN_ATTEMPT_S >= self._deadline_s:
             try:
-                raise error
+                raise self._telling(error)
             finally:
                 del error  # a frame that its own error holds is a cycle
         self._last = error
+        if not isinstance(error, Overloaded):
+            self._cause = error
         self._next_pause_s = min(2 * self._next_pause_s, MAX_PAUSE_S)
         return pause_s
+
+    def _telling(self, error: MoeError) -> MoeError:
+        cause = self._cause if isinstance(error, Overloaded) else None
+        self._cause = self._last = None  # it would be held by its own traceback
+        return error if cause is None else cause

@@ -1,7 +1,7 @@
 """Checksums of matrix products (algorithm-based fault tolerance): they catch flipped bits in resident weights and in computed rows.
 
 For y = x W^T the sum of a block of outputs must equal x times the sum of the block's rows of W, which is taken once, from verified weights. After
-V-ABFT (arXiv 2602.08043) and FT-Transformer (arXiv 2504.02211), with two changes. Outputs are summed in blocks of about 64: the rounding of the others
+V-ABFT (arXiv 2602.08043) and FT-Transformer (arXiv 2504.02211), with two changes. Outputs are summed in blocks of 64 to 128: the rounding of the others
 does not hide a fault. And a sum that is off accuses nobody: it is a suspicion, at a threshold low enough to miss little, and the block is then computed
 again in fp64, which acquits rounding and convicts a fault with certainty. So there are no false alarms, whatever the weights and rows are like.
 
@@ -31,16 +31,22 @@ _SLACK = 4.0
 _SUMMED = 8 * 2.0**-24
 _NEAR_LARGEST = 0.99
 _SMALLEST = torch.finfo(torch.float32).tiny
+# What is suspected is a share of a block's norm, what harms a share of the row's: the fewer outputs there are, the fewer a block may have.
 _BLOCK_ROWS = 64
+_MAX_BLOCK_ROWS = 128
 _MIN_BLOCK_ROWS = 16
 _ENOUGH_BLOCKS = 8
-_TILE_ROWS = 512
+_MANY_BLOCKS = 16
+# Numbers of a side that are widened together. On the CPU few enough that they stay in its caches, and that the allocator keeps their memory: fresh pages
+# for each look would cost as much as the look. Elsewhere each look is a wait for the device.
+_TILE_ON_CPU = 1 << 19
+_TILE = 1 << 22
 _MAX_SECOND_LOOKS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSums:
-    """What is kept of one matrix [O, I], in fp32 on its device: about 1/32 of a bf16 matrix's bytes.
+    """What is kept of one matrix [O, I], in fp32 on its device: 1/64 to 1/32 of a bf16 matrix's bytes.
 
     `largest_row_norm` bounds every healthy output: |y| <= |x| times it.
     """
@@ -73,8 +79,9 @@ def fault_of(x_TI: Tensor, weight_OI: Tensor, y_TO: Tensor, sums: BlockSums) -> 
 
     Rows that are not finite are the router's to judge, with one exception: numbers that no healthy weights could have made so large are a fault here.
     """
-    for first in range(0, x_TI.shape[0], _TILE_ROWS):
-        stop = first + _TILE_ROWS
+    step = max(1, (_TILE_ON_CPU if y_TO.device.type == "cpu" else _TILE) // max(weight_OI.shape))
+    for first in range(0, x_TI.shape[0], step):
+        stop = first + step
         slack_TB = _slack(x_TI[first:stop], y_TO[first:stop], sums)
         least, most = torch.aminmax(slack_TB)
         # NaN fails both comparisons; an infinite slack is a norm that overflowed.
@@ -88,8 +95,9 @@ def fault_of(x_TI: Tensor, weight_OI: Tensor, y_TO: Tensor, sums: BlockSums) -> 
 
 
 def _block_rows(num_outputs: int) -> int:
-    """The largest divisor of O that makes enough blocks of at most 64, or O itself where there is none worth it."""
-    for width in range(max(_MIN_BLOCK_ROWS, min(_BLOCK_ROWS, num_outputs // _ENOUGH_BLOCKS)), _MIN_BLOCK_ROWS - 1, -1):
+    """The largest divisor of O that makes enough blocks of at most 64, or many of at most 128, or O itself where there is none worth it."""
+    most = max(min(_BLOCK_ROWS, num_outputs // _ENOUGH_BLOCKS), min(_MAX_BLOCK_ROWS, num_outputs // _MANY_BLOCKS), _MIN_BLOCK_ROWS)
+    for width in range(most, _MIN_BLOCK_ROWS - 1, -1):
         if num_outputs % width == 0:
             return width
     return num_outputs
@@ -98,10 +106,10 @@ def _block_rows(num_outputs: int) -> int:
 def _slack(x_TI: Tensor, y_TO: Tensor, sums: BlockSums) -> Tensor:
     """How far each block of each row is from suspicion [T, B]; negative, infinite or NaN is suspicious."""
     wide_TI = x_TI.float()
-    y_TBW = y_TO.view(y_TO.shape[0], sums.num_blocks, -1)
+    y_TBW = y_TO.float().view(y_TO.shape[0], sums.num_blocks, -1)  # widened once: sum and norm would each do so for themselves
     width, num_inputs = y_TBW.shape[2], x_TI.shape[1]
-    error_TB = y_TBW.sum(2, dtype=torch.float32).sub_(wide_TI @ sums.sums_BI.t()).abs_()
-    norms_TB = torch.linalg.vector_norm(y_TBW, dim=2, dtype=torch.float32)
+    error_TB = y_TBW.sum(2).sub_((sums.sums_BI @ wide_TI.t()).t()).abs_()  # the few sums first: the other way round takes half as long again
+    norms_TB = torch.linalg.vector_norm(y_TBW, dim=2)
     norms_T = torch.linalg.vector_norm(wide_TI, dim=1)
     summing = _SUMMING * math.sqrt(num_inputs * width)
     return torch.addr(norms_TB, norms_T, sums.norms_B, beta=SUSPICION * ROUNDING[y_TO.dtype], alpha=summing).sub_(error_TB)

@@ -1,10 +1,10 @@
 """How long `make chaos` takes: every shipped scenario in a little over an hour on two cores, and why each is repeated as often as it is.
 
-A repetition is control_s (1 s: as long as the affected window it is compared with) + what the fault takes + 0.5 s to settle + about 0.6 s of questions.
+A repetition is control_s (1 s: as long as the affected window it is compared with) + what the fault takes + 0.25 s to settle + about 0.6 s of questions.
 What the fault takes is the longer of observe_s and WHOLE_S, the time until everything that was lost runs again, most of it the start of Python
-processes with torch. Where the figures want at least 50 repetitions of actor faults and 20 of GPUs, those of both loads count together: 30 under
-ANY_COPY and 20 under EXACT, or 12 and 8. Stops of over 5 s come 5 times. Double losses ask for an outcome, not for a time: 5 of each. What stands in no
-row of the table (dropped and late replies, flipped bits, a stopped controller) comes 5 times.
+processes with torch. Where the figures want at least 50 repetitions of actor faults and 20 of GPUs, those of both loads count together: half under
+ANY_COPY and half under EXACT; of stops, 30 and 20. Stops of over 5 s come 5 times. Double losses ask for an outcome, not for a time: 5 of each. What
+stands in no row of the table (dropped and late replies, flipped bits, a stopped controller) comes 5 times.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ QUESTIONS_S = 0.6
 # A cluster and its deployment, for each of the two configurations; the known answers, the load process and the peak, for each scenario.
 DEPLOY_S = 45.0
 OPEN_S = 4.0
-# For each kind of load: a closed loop, then rates downwards until one is kept up with.
-PEAK_S = 15.0
+# For each kind of load: a closed loop, then rates downwards until one is kept up with twice.
+PEAK_S = 20.0
 NUM_DEPLOYMENTS = 2
 NUM_PEAKS = 3
 # Means of records on two cores; a stop that the controller ends by a replacement counts as a death.

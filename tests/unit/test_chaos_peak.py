@@ -45,8 +45,9 @@ def test_requests_outside_the_window_do_not_count() -> None:
     assert keeps_up(slow + queued(50.0, 2.0), 0.5, 2.0)
 
 
-def test_rates_fall_by_a_fifth_from_the_ceiling_and_end() -> None:
+def test_rates_fall_by_equal_steps_from_the_ceiling_to_a_fifth_of_it() -> None:
     rates = list(rates_to_try(100.0))
     assert rates[0] == 100.0
     assert len(rates) == NUM_STEPS
+    assert rates[-1] == pytest.approx(20.0, rel=0.05)
     assert all(lower == pytest.approx(STEP * higher) for higher, lower in pairwise(rates))

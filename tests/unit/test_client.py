@@ -222,6 +222,24 @@ def test_a_deadline_that_passes_during_a_retry_names_what_failed_before() -> Non
         tries.pause_s(DeadlineExceeded("too late"), 99.0)
 
 
+def test_a_last_attempt_that_is_turned_away_does_not_hide_what_failed_before() -> None:
+    tries, lost = attempts(), ExpertUnavailable("nobody holds it", failed_rows=(3,))
+    tries.pause_s(Overloaded("full", retry_after_s=0.1), 0.0)
+    tries.pause_s(lost, 1.0)
+    tries.pause_s(Overloaded("full", retry_after_s=0.1), 2.0)
+    with pytest.raises(ExpertUnavailable) as caught:
+        tries.pause_s(Overloaded("0.01 s are left of the deadline", retry_after_s=3.0), 99.0)
+    assert caught.value is lost
+
+
+def test_one_who_was_always_turned_away_hears_of_the_last_time() -> None:
+    tries, last = attempts(), Overloaded("0.01 s are left of the deadline", retry_after_s=3.0)
+    tries.pause_s(Overloaded("full", retry_after_s=0.1), 0.0)
+    with pytest.raises(Overloaded) as caught:
+        tries.pause_s(last, 99.0)
+    assert caught.value is last
+
+
 async def test_a_router_that_starts_late_is_waited_for() -> None:
     port = free_port()
     async with AsyncRouterClient(f"127.0.0.1:{port}", token=TOKEN, timeout_s=20.0) as client:
