@@ -100,7 +100,8 @@ def write_report(records: Sequence[Record], out: Path, *, source: Path) -> Path:
 def _runs(num_counted: int, num_records: int) -> str:
     """How many runs the figures are of, and how many were recorded besides."""
     rest = num_records - num_counted
-    return f"{num_counted} run{'' if num_counted == 1 else 's'}" + (f" ({rest} not counted: begun, and ended before the fault was over)" if rest else "")
+    besides = f" ({rest} not counted: begun, and the fault never struck, or was not over at the end)" if rest else ""
+    return f"{num_counted} run{'' if num_counted == 1 else 's'}{besides}"
 
 
 def _shipped() -> tuple[dict[str, str], dict[str, Mapping[str, Tolerance]]]:

@@ -119,7 +119,7 @@ class Record(BaseModel):
     @property
     def is_counted(self) -> bool:
         """Whether the fault was there, so that the figures are of it: neither refused, nor aborted, nor interrupted."""
-        return self.ending in {Ending.PASSED.name, Ending.DEVIATED.name}
+        return self.ending in {Ending.PASSED.name, Ending.DEVIATED.name} and all(action.injected_s is not None for action in self.actions)
 
 
 def summarise(records: Sequence[Record]) -> dict[str, float | None]:

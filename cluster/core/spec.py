@@ -118,7 +118,9 @@ class LivenessSpec(_Section):
 
     probe_s: PositiveFloat = Field(0.04, description="an actor that owes rows and has said nothing for so long is asked for its progress")
     suspect_s: PositiveFloat = Field(0.1, description="silent, or without progress beyond what its rows usually take, for so long: suspected")
-    eject_s: PositiveFloat = Field(0.27, description="and for so long: ejected, and its rows are sent elsewhere")
+    eject_s: PositiveFloat = Field(
+        0.27, description="and for so long: ejected, and its rows are sent elsewhere; later where silences nearly as long have ended well of late"
+    )
     node_window_s: PositiveFloat = Field(0.2, description="two actors of one node lost within this time: the whole node is ejected")
     first_readmit_s: PositiveFloat = Field(
         0.25, description="after a first ejection it is tried again on real rows after so long, then after twice that, and so on"

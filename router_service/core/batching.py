@@ -134,10 +134,10 @@ class Lane:
         if offer.deadline_s <= now_s:
             message = "the deadline had passed before the rows could wait for a frame"
             raise DeadlineExceeded(message)
-        if offer.num_rows < 1 or offer.dim < 1:
+        if offer.num_rows < 1 or offer.key.dim < 1:
             message = "a segment needs at least one row of at least one element"
             raise InvalidRequest(message, field="rows")
-        if offer.dim * offer.dtype.itemsize > self._limits.max_frame_bytes:
+        if offer.key.dim * offer.key.dtype.itemsize > self._limits.max_frame_bytes:
             message = f"one row is larger than a frame of {self._limits.max_frame_bytes} bytes; raise link.max_frame_bytes"
             raise InvalidRequest(message, field="rows")
         rows_before = self._runs.queue.rows_before(offer.num_rows) + self._in_flight_tokens

@@ -16,7 +16,7 @@ from cluster.core.ids import ExpertId, Role
 
 
 class SegmentKey(NamedTuple):
-    """What rows must have in common to share a segment. `alone` is the run's own number when it may share with nobody."""
+    """What rows must have in common to share a segment. `version` is the raw digest; `alone` the run's own number when it may share with nobody."""
 
     expert: ExpertId
     version: bytes

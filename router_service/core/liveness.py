@@ -1,9 +1,10 @@
 """Who answers, who is suspected, who gets no rows: a router's own judgement of its expert actors, by what they owe and how they progress. Sans-io.
 
 An actor is accused only while it owes rows: of silence, or of a compute thread that stands still for longer than so many rows usually take, whatever
-its event loop says. One that says it is loading is not accused of standing still. Time in which the observer itself did not run counts for nobody, and
-when over half of the actors look bad at once the observer doubts itself and ejects none; resets are excepted, they are no matter of time, and so are
-compute threads that have stood still for `doubt_limit_s` behind loops that answer: those are heard, so it is not the observer.
+its event loop says. On a node where silences nearly as long have ended well of late, as when it is short of cores, it takes a longer one to be ejected.
+One that says it is loading is not accused of standing still. Time in which the observer itself did not run counts for nobody, and when over half of the
+actors look bad at once the observer doubts itself and ejects none; resets are excepted, they are no matter of time, and so are compute threads that have
+stood still for `doubt_limit_s` behind loops that answer: those are heard, so it is not the observer.
 
 Two actors of one GPU, or of one node, that fall silent or are lost within `node_window_s` take the others there with them, except those that were heard
 since, and only while an actor elsewhere is left. Where both are on one of several GPUs of a node, that GPU alone goes.
@@ -16,6 +17,7 @@ is ejected is not decided here.
 from __future__ import annotations
 
 from router_service.core.casualties import Casualties
+from router_service.core.hush import FACTOR, Hush
 from router_service.core.verdicts import Clear, Eject, LivenessLimits, Readmit, State, Suspect, Verdict
 from router_service.core.watch import Grievance, Kind, Pace, Watch
 
@@ -28,6 +30,8 @@ class Liveness:
         self._watches: dict[str, Watch] = {}
         self._owing: dict[str, Watch] = {}
         self._ejected: dict[str, Watch] = {}
+        self._hushes: dict[str, Hush] = {}
+        self._ended_silences: list[tuple[Hush, float]] = []
         self._casualties = Casualties(limits.node_window_s)
         self._pending: list[Verdict] = []
         self._late_s = 0.0
@@ -55,10 +59,11 @@ class Liveness:
         clock_s = now_s - self._late_s
         watch = self._watches.get(actor)
         if watch is None:
-            watch = self._watches[actor] = Watch(actor, node_id, device, Pace(self._limits))
+            watch = self._watches[actor] = Watch(actor, node_id, device, Pace(self._limits), Hush())
             watch.enter(State.HEALTHY, clock_s)
             watch.healthy_since_s = clock_s
         watch.node_id, watch.device = node_id, device
+        watch.hush = self._hushes.setdefault(node_id, Hush())
         self._owing.pop(actor, None)
         watch.begin_link(clock_s)
         if watch.state is State.SUSPECTED:
@@ -91,7 +96,8 @@ class Liveness:
         watch = self._watches.get(actor)
         if watch is None:
             return
-        watch.heard_s = clock_s = now_s - self._late_s
+        clock_s = now_s - self._late_s
+        self._hear(watch, clock_s)
         if frames_done is None:
             return
         watch.oldest_age_s = oldest_age_s or 0.0
@@ -110,7 +116,8 @@ class Liveness:
         watch = self._watches.get(actor)
         if watch is None:
             return
-        watch.heard_s = watch.progressed_s = now_s - self._late_s
+        watch.progressed_s = now_s - self._late_s
+        self._hear(watch, watch.progressed_s)
         if watch.frames_done is not None:
             watch.frames_done += 1
         if watch.owed_frames > 1:
@@ -144,6 +151,8 @@ class Liveness:
         if watch is not None:
             self._casualties.forget(watch)
             self._pending = [verdict for verdict in self._pending if verdict.actor != actor]
+            if not any(other.node_id == watch.node_id for other in self._watches.values()):
+                self._hushes.pop(watch.node_id, None)
 
     def standstill_s(self, actor: str, now_s: float) -> float | None:
         """For how long an actor that owes rows has not advanced, by its answers and its own account; None when it owes none."""
@@ -162,7 +171,11 @@ class Liveness:
         """Judge everybody. `late_s` of the time since the last tick this process did not run: that time is taken out of every silence."""
         if late_s > 0.0:
             self._set_back(now_s, late_s)
+            self._ended_silences.clear()  # the observer may have been the one that was away
         clock_s = now_s - self._late_s
+        while self._ended_silences:
+            hush, lasted_s = self._ended_silences.pop()
+            hush.learn(lasted_s, clock_s)
         accused = [(watch, watch.examine(clock_s, self._limits)) for watch in self._owing.values()]
         self.doubts_itself = self._is_too_many([watch for watch, grievance in accused if grievance is not None])
         verdicts = self._take_pending()
@@ -173,6 +186,11 @@ class Liveness:
         for watch in [watch for watch in self._ejected.values() if watch.is_linked and clock_s >= watch.readmit_s]:
             verdicts.append(self._readmit(watch, f"its {watch.readmit_s - watch.state_since_s:.2f} s are over", now_s))
         return verdicts
+
+    def _hear(self, watch: Watch, clock_s: float) -> None:
+        silent_s = watch.hear(clock_s)
+        if FACTOR * silent_s > self._limits.eject_s:
+            self._ended_silences.append((watch.hush, silent_s))
 
     def _set_back(self, now_s: float, late_s: float) -> None:
         self._late_s += late_s

@@ -6,9 +6,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from cluster.core.descriptors import DType
 from cluster.core.errors import MessageTooLarge, Overloaded
-from cluster.core.ids import ExpertId, Role
 from router_service.core.fair_queue import FairQueue, Frame, SegmentKey, Span
 from router_service.core.hope import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S
 
@@ -24,17 +22,12 @@ class TokenBudget:
 # Not frozen, as `SegmentRequest` is not: many are made for each call. Nobody changes them all the same.
 @dataclass(slots=True, eq=False)
 class RunOffer:
-    """Rows of one request for one copy: what a caller asks a lane to carry. `version` is the raw digest."""
+    """Rows of one request for one copy: what a caller asks a lane to carry. `flow` is whose turn they take; None: one of their own."""
 
-    flow: Hashable
-    expert: ExpertId
-    version: bytes
-    role: Role
-    dtype: DType
-    dim: int
-    attempt: int
+    key: SegmentKey
     num_rows: int
     deadline_s: float
+    flow: Hashable = None
     exact: bool = False
     epoch: int = 0
     traceparent: str | None = None
@@ -75,8 +68,7 @@ class Runs:
             raise Overloaded(message, retry_after_s=min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S))
         self._num_runs = run_id = self._num_runs + 1
         flow = ("run", run_id) if offer.flow is None else offer.flow
-        key = SegmentKey(offer.expert, offer.version, offer.role, offer.dtype, offer.dim, offer.attempt)
-        span = Span(run_id, flow, key, 0, num_rows)
+        span = Span(run_id, flow, offer.key, 0, num_rows)
         self.by_id[run_id] = OpenRun(offer, now_s, {span})
         self.queue.push(span)
         budget.queued_tokens += num_rows
@@ -86,9 +78,7 @@ class Runs:
     def put_back_alone(self, run_id: int, start: int, stop: int) -> None:
         """Rows [start, stop) of a run that a frame held wait once more, for a segment of their own."""
         run = self.by_id[run_id]
-        offer = run.offer
-        key = SegmentKey(offer.expert, offer.version, offer.role, offer.dtype, offer.dim, offer.attempt, alone=run_id)
-        span = Span(run_id, ("alone", run_id), key, start, stop)
+        span = Span(run_id, ("alone", run_id), run.offer.key._replace(alone=run_id), start, stop)
         run.spans.add(span)
         self.queue.push(span)
         self._budget.queued_tokens += stop - start

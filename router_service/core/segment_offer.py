@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.core.errors import InvalidRequest
+from router_service.core.fair_queue import SegmentKey
 from router_service.core.runs import RunOffer
 from router_service.core.segments import Rows, SegmentRequest
 
@@ -23,15 +24,10 @@ def offer_of(request: SegmentRequest) -> tuple[Rows, RunOffer]:
         message = "the version of a copy must be a digest in hex"
         raise InvalidRequest(message, field="copy.version") from None
     offer = RunOffer(
-        flow=request.flow,
-        expert=request.expert,
-        version=version,
-        role=request.copy.role,
-        dtype=request.dtype,
-        dim=request.dim,
-        attempt=request.attempt,
+        SegmentKey(request.expert, version, request.copy.role, request.dtype, request.dim, request.attempt),
         num_rows=len(rows),
         deadline_s=request.deadline_s,
+        flow=request.flow,
         exact=request.exact,
         epoch=request.epoch,
         traceparent=request.traceparent,

@@ -61,6 +61,7 @@ class LivenessLimits:
     `pace_factor`: how many times the usual time its rows may take before a compute thread counts as stuck; `pace_floor_s`: what any frame may usually
     take, `cold_floor_s` while the actor has answered fewer than `cold_frames` (first touches of weights are slow). `prior_s_per_row`, `prior_rows` and
     `max_pace_rows` say what a row is thought to take at first, how many rows of evidence outweigh that, and after how many older evidence fades.
+    `max_eject_s`: how long a silence may last at most where others that were nearly as long ended well (`Hush`).
     `doubt_limit_s`: how long an observer that doubts itself puts up with compute threads that stand still while their loops answer.
     `loading_grace_s`: how long an actor that said it was loading may be silent. `forgive_s`: one ejection is forgotten for each such time in health.
     """
@@ -68,6 +69,7 @@ class LivenessLimits:
     probe_s: float = 0.04
     suspect_s: float = 0.1
     eject_s: float = 0.27
+    max_eject_s: float = 1.0
     node_window_s: float = 0.2
     first_readmit_s: float = 0.25
     max_readmit_s: float = 30.0

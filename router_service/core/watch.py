@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from router_service.core.hush import Hush
 from router_service.core.verdicts import LivenessLimits, State
 
 _NEVER_S = float("-inf")
@@ -65,12 +66,13 @@ class Pace:
 
 @dataclass(slots=True, eq=False)
 class Watch:
-    """One actor. Times are of the observer's own clock, which stands still while the observer is late."""
+    """One actor. Times are of the observer's own clock, which stands still while the observer is late. `hush` is its node's."""
 
     actor: str
     node_id: str
     device: str
     pace: Pace
+    hush: Hush
     state: State = State.HEALTHY
     is_linked: bool = True
     owed_rows: int = 0
@@ -113,6 +115,12 @@ class Watch:
         self.state_since_s = min(self.state_since_s, clock_s)
         self.healthy_since_s = min(self.healthy_since_s, clock_s)
 
+    def hear(self, clock_s: float) -> float:
+        """A sign of life: after how long it came, 0 where none was due."""
+        silent_s = self.silent_s(clock_s) if self.owed_frames and not self.is_loading else 0.0
+        self.heard_s = clock_s
+        return silent_s
+
     def silent_s(self, clock_s: float) -> float:
         """How long it has owed an answer without a sign of life."""
         return clock_s - max(self.heard_s, self.owing_since_s)
@@ -127,13 +135,14 @@ class Watch:
         rows = max(self.owed_rows, self.queued_rows)
         usual_s = self.pace.usual_s(rows)
         patience_s = max(limits.suspect_s, limits.pace_factor * usual_s)
-        is_overdue = stuck_s >= patience_s + limits.eject_s - limits.suspect_s
         if silent_s >= limits.suspect_s + grace_s:
-            is_grave = is_overdue or silent_s >= limits.eject_s + grace_s
+            eject_s = self.hush.patience_s(limits.eject_s, limits.max_eject_s, clock_s)
+            is_grave = silent_s >= eject_s + grace_s or stuck_s >= patience_s + eject_s - limits.suspect_s
             return Grievance(Kind.SILENT, is_grave, silent_s, f"silent for {silent_s:.3f} s while it owed {self.owed_rows} rows")
         if stuck_s < patience_s:
             return None
         evidence = f"no frame done for {stuck_s:.3f} s, its oldest {self.oldest_age_s:.3f} s old by its own account; {rows} rows usually take {usual_s:.3f} s"
+        is_overdue = stuck_s >= patience_s + limits.eject_s - limits.suspect_s
         return Grievance(Kind.STUCK, is_overdue, stuck_s, evidence)
 
     def begin_ejection(self, clock_s: float, limits: LivenessLimits) -> None:

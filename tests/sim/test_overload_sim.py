@@ -18,6 +18,7 @@ from cluster.core.errors import Overloaded
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_frames import FrameStatus, Result, SegmentResult, SegmentStatus
 from router_service.core.batching import FramePlan, Lane, LaneLimits
+from router_service.core.fair_queue import SegmentKey
 from router_service.core.runs import RunOffer, TokenBudget
 
 FRAME_S, ROWS_PER_S = 0.001, 20_000.0
@@ -95,7 +96,8 @@ class Sim:
     def _offer(self, request: Request) -> None:
         try:
             for place, actor in enumerate(self.actors):
-                offer = RunOffer(request.number, ExpertId("m", 0, place), b"v", Role.REPLICA, DType.BF16, DIM, 0, request.num_rows, self.now_s + DEADLINE_S)
+                key = SegmentKey(ExpertId("m", 0, place), b"v", Role.REPLICA, DType.BF16, DIM, 0)
+                offer = RunOffer(key, request.num_rows, self.now_s + DEADLINE_S, request.number)
                 request.runs[place] = actor.lane.offer(offer, self.now_s)
                 request.missing.add(place)
                 self.by_run[place, request.runs[place]] = request

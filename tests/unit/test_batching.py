@@ -10,6 +10,7 @@ from cluster.core.ids import ExpertId, Role
 from cluster.core.link_codec import encode
 from cluster.core.link_frames import MAX_TRACEPARENTS, Cancel, Forward, FrameStatus, Result, SegmentResult, SegmentStatus
 from router_service.core.batching import FramePlan, Lane, LaneLimits
+from router_service.core.fair_queue import SegmentKey
 from router_service.core.frame_draft import MAX_PIECES, Piece
 from router_service.core.runs import RunOffer, TokenBudget
 
@@ -21,8 +22,9 @@ def lane(limits: LaneLimits = LIMITS, max_queued_tokens: int = 10_000) -> Lane:
 
 
 def offer(num_rows: int = 1, *, index: int = 0, deadline_s: float = 100.0, flow: object = None, **changes: object) -> RunOffer:
-    fields = {"version": b"v", "role": Role.REPLICA, "dtype": DType.BF16, "dim": 4, "attempt": 0} | changes
-    return RunOffer(flow=flow, expert=ExpertId("m", 0, index), num_rows=num_rows, deadline_s=deadline_s, **fields)
+    key = SegmentKey(ExpertId("m", 0, index), b"v", Role.REPLICA, DType.BF16, dim=4, attempt=0)
+    of_key = {name: changes.pop(name) for name in tuple(changes) if name in SegmentKey._fields}
+    return RunOffer(key._replace(**of_key), num_rows, deadline_s, flow, **changes)
 
 
 def next_frame(target: Lane, now_s: float = 0.0) -> FramePlan:

@@ -11,13 +11,14 @@ from cluster.core.errors import Overloaded
 from cluster.core.ids import ExpertId, Role
 from cluster.core.link_frames import Forward, FrameStatus, Result, SegmentResult, SegmentStatus
 from router_service.core.batching import FramePlan, Lane, LaneLimits, PieceRows
+from router_service.core.fair_queue import SegmentKey
 from router_service.core.runs import RunOffer, TokenBudget
 
 Row = tuple[int, int]
 
 
 def offer(num_rows: int, *, index: int = 0, deadline_s: float = 1e9, flow: object = None, dim: int = 4) -> RunOffer:
-    return RunOffer(flow, ExpertId("m", 0, index), b"v", Role.REPLICA, DType.BF16, dim, 0, num_rows, deadline_s)
+    return RunOffer(SegmentKey(ExpertId("m", 0, index), b"v", Role.REPLICA, DType.BF16, dim, 0), num_rows, deadline_s, flow)
 
 
 def body_of(plan: FramePlan) -> list[Row]:
@@ -96,7 +97,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     def take(self, piece: PieceRows, tags: list[Row]) -> None:
         """The bytes that the lane points at must be the rows it names."""
-        row_bytes = self.offers[piece.run_id].dim * 2
+        row_bytes = self.offers[piece.run_id].key.dim * 2
         for number in range(piece.start, piece.stop):
             place = piece.offset_bytes + (number - piece.start) * row_bytes
             assert tags[place : place + row_bytes] == [(piece.run_id, number)] * row_bytes
@@ -150,7 +151,7 @@ class LaneMachine(RuleBasedStateMachine):
                 break
             plan = self.flying.popleft()
             outcome = self.lane.frame_done(healthy(plan.forward), self.now_s)
-            tags = [row for row, piece in zip(body_of(plan), owners(plan), strict=True) for _ in range(self.offers[piece].dim * 2)]
+            tags = [row for row, piece in zip(body_of(plan), owners(plan), strict=True) for _ in range(self.offers[piece].key.dim * 2)]
             for done in outcome.rows:
                 self.take(done, tags)
         assert self.lane.is_idle

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from chaos import campaign, cli, runner
 from chaos.campaign import Outcome, append_record, read_records
-from chaos.core.report import Judged, Record, ending_of, journal, judge, summarise, unknown_assertions
+from chaos.core.report import ActionRecord, Judged, Record, ending_of, journal, judge, summarise, unknown_assertions
 from chaos.core.run_machine import Ending
 from chaos.core.tolerance import Tolerance
 from chaos.report_files import read_any, write_report
@@ -188,7 +188,9 @@ def test_a_wrong_scenario_is_refused_by_its_place(change: dict[str, Any], words:
 
 
 def test_records_are_pooled_and_counted_only_when_the_fault_was_there() -> None:
-    summary = summarise([record(0), record(1, failed=1.0), record(2, ending="INTERRUPTED", failed=7.0)])
+    refused = ActionRecord(name="kill", fault="kill_actor", target="actor-0/g1", problem="it had left")
+    never_struck = record(3, ending="DEVIATED", failed=9.0).model_copy(update={"actions": [refused]})
+    summary = summarise([record(0), record(1, failed=1.0), record(2, ending="INTERRUPTED", failed=7.0), never_struck])
     assert (summary["repetitions"], summary["failed"], summary["requests"]) == (2, 1, 20)
     assert summary["added_p99_ms"] == pytest.approx(10.5)  # the median of 10 and 11
     assert (summary["affected_p99_ms"], summary["control_p99_ms"]) == (31.0, 20.0)
@@ -276,7 +278,7 @@ def test_the_report_tells_runs_from_those_that_do_not_count_and_leads_to_the_flo
     append_record(path, record(1, "INTERRUPTED"))
     (tmp_path / "floor.md").write_text("# How early a death can be known\n")
     text = write_report(read_any(path), tmp_path, source=path).read_text()
-    assert text.splitlines()[2].startswith("1 run (1 not counted: begun, and ended before the fault was over) on ")
+    assert text.splitlines()[2].startswith("1 run (1 not counted: begun, and the fault never struck, or was not over at the end) on ")
     assert "SIGKILL of an expert actor; 1 run (1 not counted" in text
     assert "[floor.md](floor.md)" in text
 

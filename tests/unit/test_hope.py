@@ -41,7 +41,7 @@ def test_a_few_rows_wait_for_one_turn_of_a_large_flow_and_not_for_all_of_it() ->
 def test_a_lane_refuses_only_behind_others_and_only_by_a_rate_of_frames_like_them() -> None:
     lane = Lane(1, LaneLimits(max_tokens_per_frame=64), TokenBudget(10_000))
     lane._tokens_per_s = 1.0
-    offer = RunOffer(None, EXPERT, b"v", Role.REPLICA, DType.BF16, 4, 0, 64, 0.001)
+    offer = RunOffer(SegmentKey(EXPERT, b"v", Role.REPLICA, DType.BF16, 4, 0), 64, 0.001)
     assert lane.offer(offer, 0.0) == 1, "nobody is before it"
     assert lane.offer(offer, 0.0) == 2, "nothing is known of frames as large"
     lane._tokens_per_frame = 64.0
