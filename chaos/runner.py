@@ -48,7 +48,7 @@ from chaos.scenario_files import ScenarioFile
 from chaos.session import Session
 from cluster.core.errors import MoeError
 
-SETTLE_S = 0.25
+SETTLE_S = 0.5
 SETTLE_TRIES = 3
 MODES = {"before": {"sot", "edge", "continuous"}, "after": {"eot", "edge", "continuous"}}
 GUARD_S = 0.5

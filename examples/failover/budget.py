@@ -1,6 +1,6 @@
 """How long `make chaos` takes: every shipped scenario in a little over an hour on two cores, and why each is repeated as often as it is.
 
-A repetition is control_s (1 s: as long as the affected window it is compared with) + what the fault takes + 0.25 s to settle + about 0.6 s of questions.
+A repetition is control_s (1 s: as long as the affected window it is compared with) + what the fault takes + 0.5 s to settle + about 0.6 s of questions.
 What the fault takes is the longer of observe_s and WHOLE_S, the time until everything that was lost runs again, most of it the start of Python
 processes with torch. Where the figures want at least 50 repetitions of actor faults and 20 of GPUs, those of both loads count together: half under
 ANY_COPY and half under EXACT; of stops, 30 and 20. Stops of over 5 s come 5 times. Double losses ask for an outcome, not for a time: 5 of each. What
