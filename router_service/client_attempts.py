@@ -22,7 +22,6 @@ class Attempts:
         self._rng = rng
         self._next_pause_s = FIRST_PAUSE_S
         self._last: MoeError | None = None
-        self._cause: MoeError | None = None  # the last one that was no refusal
         self.num_failed = 0
 
     def remaining_s(self, now_s: float) -> float:
@@ -33,7 +32,7 @@ class Attempts:
         """How long to wait before the next attempt. Raises the error when it cannot be cured, or not in time.
 
         A deadline that passes during a retry names what the attempts before it failed of. A last attempt that is turned away, since too little of the time
-        was left for it, says nothing of what took the time: then what failed before it is raised.
+        was left for it, says nothing of what took the time: then what the one before it failed of is raised.
         """
         self.num_failed += 1
         if isinstance(error, DeadlineExceeded) and self._last is not None:
@@ -46,12 +45,10 @@ class Attempts:
             finally:
                 del error  # a frame that its own error holds is a cycle
         self._last = error
-        if not isinstance(error, Overloaded):
-            self._cause = error
         self._next_pause_s = min(2 * self._next_pause_s, MAX_PAUSE_S)
         return pause_s
 
     def _telling(self, error: MoeError) -> MoeError:
-        cause = self._cause if isinstance(error, Overloaded) else None
-        self._cause = self._last = None  # it would be held by its own traceback
-        return error if cause is None else cause
+        last, self._last = self._last, None  # it would be held by its own traceback
+        was_turned_away = isinstance(error, Overloaded) and error.retryable
+        return last if was_turned_away and last is not None and not isinstance(last, Overloaded) else error

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, NotReady, Overloaded, ProtocolMismatch, Unauthenticated
+from cluster.core.errors import DeadlineExceeded, ExpertUnavailable, InvalidRequest, MessageTooLarge, NotReady, Overloaded, ProtocolMismatch, Unauthenticated
 from router_service.client_attempts import MAX_PAUSE_S, Attempts
 
 
@@ -51,15 +51,19 @@ def test_a_last_attempt_that_is_turned_away_does_not_hide_what_failed_before() -
     tries, lost = attempts(), ExpertUnavailable("nobody holds it", failed_rows=(3,))
     tries.pause_s(Overloaded("full", retry_after_s=0.1), 0.0)
     tries.pause_s(lost, 1.0)
-    tries.pause_s(Overloaded("full", retry_after_s=0.1), 2.0)
     with pytest.raises(ExpertUnavailable) as caught:
         tries.pause_s(Overloaded("0.01 s are left of the deadline", retry_after_s=3.0), 99.0)
     assert caught.value is lost
 
 
-def test_one_who_was_always_turned_away_hears_of_the_last_time() -> None:
-    tries, last = attempts(), Overloaded("0.01 s are left of the deadline", retry_after_s=3.0)
-    tries.pause_s(Overloaded("full", retry_after_s=0.1), 0.0)
-    with pytest.raises(Overloaded) as caught:
+@pytest.mark.parametrize(
+    "last", [Overloaded("0.01 s are left of the deadline", retry_after_s=3.0), MessageTooLarge("over the limit", limit_bytes=8)], ids=["full", "too large"]
+)
+def test_one_who_was_turned_away_before_or_for_good_hears_of_the_last_time(last: Overloaded) -> None:
+    tries = attempts()
+    tries.pause_s(NotReady("the stream broke"), 0.0)
+    if last.retryable:
+        tries.pause_s(Overloaded("full", retry_after_s=0.1), 1.0)
+    with pytest.raises(type(last)) as caught:
         tries.pause_s(last, 99.0)
     assert caught.value is last
