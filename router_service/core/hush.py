@@ -17,7 +17,7 @@ FACTOR: Final = 2.0
 class Hush:
     """The silences of one node that ended with a sign of life. Times are of the observer's own clock."""
 
-    __slots__ = ("_at_s", "_longest_s")
+    __slots__ = ("__weakref__", "_at_s", "_longest_s")
 
     def __init__(self) -> None:
         self._longest_s = 0.0

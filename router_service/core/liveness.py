@@ -16,6 +16,8 @@ is ejected is not decided here.
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 from router_service.core.casualties import Casualties
 from router_service.core.hush import FACTOR, Hush
 from router_service.core.verdicts import Clear, Eject, LivenessLimits, Readmit, State, Suspect, Verdict
@@ -30,7 +32,7 @@ class Liveness:
         self._watches: dict[str, Watch] = {}
         self._owing: dict[str, Watch] = {}
         self._ejected: dict[str, Watch] = {}
-        self._hushes: dict[str, Hush] = {}
+        self._hushes: WeakValueDictionary[str, Hush] = WeakValueDictionary()  # by node, as long as one of its actors is known
         self._ended_silences: list[tuple[Hush, float]] = []
         self._casualties = Casualties(limits.node_window_s)
         self._pending: list[Verdict] = []
@@ -57,13 +59,12 @@ class Liveness:
     def joined(self, actor: str, node_id: str, device: str, now_s: float) -> None:
         """A link is ready. One that was lost before stays ejected until its time comes."""
         clock_s = now_s - self._late_s
-        watch = self._watches.get(actor)
+        watch, hush = self._watches.get(actor), self._hushes.setdefault(node_id, Hush())
         if watch is None:
-            watch = self._watches[actor] = Watch(actor, node_id, device, Pace(self._limits), Hush())
+            watch = self._watches[actor] = Watch(actor, node_id, device, Pace(self._limits), hush)
             watch.enter(State.HEALTHY, clock_s)
             watch.healthy_since_s = clock_s
-        watch.node_id, watch.device = node_id, device
-        watch.hush = self._hushes.setdefault(node_id, Hush())
+        watch.node_id, watch.device, watch.hush = node_id, device, hush
         self._owing.pop(actor, None)
         watch.begin_link(clock_s)
         if watch.state is State.SUSPECTED:
@@ -151,8 +152,6 @@ class Liveness:
         if watch is not None:
             self._casualties.forget(watch)
             self._pending = [verdict for verdict in self._pending if verdict.actor != actor]
-            if not any(other.node_id == watch.node_id for other in self._watches.values()):
-                self._hushes.pop(watch.node_id, None)
 
     def standstill_s(self, actor: str, now_s: float) -> float | None:
         """For how long an actor that owes rows has not advanced, by its answers and its own account; None when it owes none."""
@@ -171,11 +170,10 @@ class Liveness:
         """Judge everybody. `late_s` of the time since the last tick this process did not run: that time is taken out of every silence."""
         if late_s > 0.0:
             self._set_back(now_s, late_s)
-            self._ended_silences.clear()  # the observer may have been the one that was away
         clock_s = now_s - self._late_s
-        while self._ended_silences:
-            hush, lasted_s = self._ended_silences.pop()
-            hush.learn(lasted_s, clock_s)
+        for hush, lasted_s in self._ended_silences:  # what was heard first after a pause seemed silent for its whole length, too
+            hush.learn(lasted_s - late_s, clock_s)
+        self._ended_silences.clear()
         accused = [(watch, watch.examine(clock_s, self._limits)) for watch in self._owing.values()]
         self.doubts_itself = self._is_too_many([watch for watch, grievance in accused if grievance is not None])
         verdicts = self._take_pending()

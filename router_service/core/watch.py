@@ -138,7 +138,8 @@ class Watch:
         if silent_s >= limits.suspect_s + grace_s:
             eject_s = self.hush.patience_s(limits.eject_s, limits.max_eject_s, clock_s)
             is_grave = silent_s >= eject_s + grace_s or stuck_s >= patience_s + eject_s - limits.suspect_s
-            return Grievance(Kind.SILENT, is_grave, silent_s, f"silent for {silent_s:.3f} s while it owed {self.owed_rows} rows")
+            evidence = f"silent for {silent_s:.3f} s, where {eject_s + grace_s:.3f} s are allowed, while it owed {self.owed_rows} rows"
+            return Grievance(Kind.SILENT, is_grave, silent_s, evidence)
         if stuck_s < patience_s:
             return None
         evidence = f"no frame done for {stuck_s:.3f} s, its oldest {self.oldest_age_s:.3f} s old by its own account; {rows} rows usually take {usual_s:.3f} s"

@@ -81,6 +81,27 @@ def test_a_silence_that_the_observer_did_not_hear_to_its_end_teaches_nothing() -
     assert ejected_after_s(seen, "n0/a") == pytest.approx(seen.limits.eject_s, abs=1.5 * TICK_S)
 
 
+def test_on_a_busy_machine_the_observer_is_late_too_and_learns_all_the_same() -> None:
+    seen = Observed("n0/a", *OTHERS)
+    seen.send("n0/a")
+    seen.silent.add("n0/a")
+    seen.wait(0.14)
+    seen.silent.discard("n0/a")
+    seen.now_s += 0.04
+    seen.answer("n0/a")
+    seen.tick(late_s=0.02)
+    assert ejected_after_s(seen, "n0/a") == pytest.approx(FACTOR * 0.16, abs=2 * TICK_S)
+
+
+def test_what_is_known_of_a_node_goes_with_the_last_of_its_actors() -> None:
+    seen = Observed("n0/a", "n0/b", *OTHERS)
+    survive(seen, "n0/a", 0.16)
+    seen.liveness.left("n0/a")
+    assert set(seen.liveness._hushes) == {"n0", "n1", "n2", "n3"}
+    seen.liveness.left("n0/b")
+    assert set(seen.liveness._hushes) == {"n1", "n2", "n3"}
+
+
 def test_a_loading_actor_may_be_silent_and_that_teaches_nothing() -> None:
     seen = Observed("n0/a", "n0/b", *OTHERS)
     seen.loading.add("n0/a")
