@@ -26,6 +26,8 @@ from router_service.wire import tensor_message
 TYPED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
 EXAMPLES = 600
 STREAM_EXAMPLES = 200
+# What weights of a usual scale make of a number at most.
+OVERFLOW_MARGIN = 1e3
 
 GOOD = pb.DispatchRequest(
     model="tiny",
@@ -137,9 +139,18 @@ async def code_of(answer: Awaitable[pb.DispatchResponse], asked: pb.DispatchRequ
     if ended is not None:
         assert ended.details
         assert "grpc-status-details-bin" in dict(ended.trailing_metadata)
+        assert ended.code is not grpc.StatusCode.DATA_LOSS or may_overflow(asked), "the numbers are of a usual scale, so none can have been lost"
         return ended.code
     assert reply.hidden_states.shape == asked.hidden_states.shape
     return grpc.StatusCode.OK
+
+
+def may_overflow(asked: pb.DispatchRequest) -> bool:
+    """Whether finite numbers of a request are so large that what is computed of them may have no room in its element type."""
+    element = np.float16 if asked.hidden_states.dtype == pb.D_TYPE_FP16 else np.float32
+    largest = np.abs(np.frombuffer(asked.hidden_states.data, element).astype(np.float64)).max(initial=1.0)
+    weight = np.abs(np.frombuffer(asked.top_k.weights.data, np.float32).astype(np.float64)).max(initial=1.0)
+    return bool(OVERFLOW_MARGIN * largest * weight >= np.finfo(element).max)
 
 
 def is_served(rig: RouterRig, loop: asyncio.AbstractEventLoop) -> bool:
@@ -160,9 +171,18 @@ def test_no_request_crashes_the_router_and_each_ends_in_a_typed_status() -> None
         assert is_served(rig, loop)
         assert rig.counters.requests_total == sum(seen.values()) + 1
         assert rig.servicer.num_in_flight == 0
-    assert set(seen) <= TYPED | {grpc.StatusCode.OK}
+    assert set(seen) <= TYPED | {grpc.StatusCode.OK, grpc.StatusCode.DATA_LOSS}
     assert sum(seen.values()) >= EXAMPLES
     assert min(seen[grpc.StatusCode.OK], seen[grpc.StatusCode.NOT_FOUND], seen[grpc.StatusCode.INVALID_ARGUMENT]) > EXAMPLES // 100
+
+
+@pytest.mark.parametrize(("weight", "code"), [(3e38, grpc.StatusCode.DATA_LOSS), (1e30, grpc.StatusCode.OK), (np.inf, grpc.StatusCode.INVALID_ARGUMENT)])
+def test_a_weight_whose_products_overflow_is_data_loss_and_one_that_is_merely_large_is_not(weight: float, code: grpc.StatusCode) -> None:
+    asked = pb.DispatchRequest.FromString(GOOD.SerializeToString())
+    asked.top_k.weights.CopyFrom(tensor_message(np.full((2, 2), weight, np.float32)))
+    with running() as (rig, loop):
+        assert loop.run_until_complete(code_of(rig.servicer.Dispatch(asked, InProcess()), asked)) is code
+        assert is_served(rig, loop)
 
 
 async def replied(rig: RouterRig, messages: list[pb.DispatchStreamRequest]) -> pb.DispatchResponse:
